@@ -24,9 +24,17 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["attach", "attached", "clean_up", "detach", "export_uri", "has_nbd_driver"]
+__all__ = [
+    "attach",
+    "attached",
+    "clean_up",
+    "detach",
+    "export_uri",
+    "has_nbd_driver",
+    "in_use",
+]
 
 # Seconds. A node is there within milliseconds; these bound a machine in trouble.
 _PATIENCE = 20.0
@@ -50,19 +58,23 @@ def attach(
     readonly: bool = False,
     block_size: int = 512,
     as_file: bool = False,
+    export: str | None = None,
+    uri: str | None = None,
     server_pid: int | None = None,
 ) -> str:
-    """Attach the export `name` and return the path of its node.
+    """Attach a device and return the path of its node.
 
     Attaching what is attached returns the node that is there.
 
     Args:
-        name: the device, which is also the export's name.
+        name: the device; the record has its name.
         socket: the server's NBD socket.
         runtime: the runtime folder; the record goes to `attached/NAME.json` in it.
         readonly: make the node read-only.
         block_size: bytes, the least request the device takes (512 to 4096).
         as_file: stop at nbdfuse's file, which needs no root.
+        export: the export's name; default: the device's.
+        uri: the export's URI, where it is more than socket and export (TLS).
         server_pid: the process that serves the export; default: this one.
 
     Returns:
@@ -81,15 +93,19 @@ def attach(
         pid = os.getpid() if server_pid is None else server_pid
         record = {"name": name, "readonly": readonly, "server_pid": pid,
                   "server_start": _start_time(pid)}
+        source = _Source(os.fspath(socket), export or name,
+                         uri or export_uri(export or name, socket), block_size)
         if as_file:
             steps = _attach_file
         elif os.geteuid() != 0:
             raise OSError(errno.EPERM, f"attaching {name} as a block device needs root; without, "
                           f"`dmpy attach --file {name}` shows it as a file")
         else:
-            steps = _attach_nbd if has_nbd_driver() else _attach_loop
+            # nbd-client's TLS is a process of its own between the kernel and us: not simpler.
+            plain = source.uri.startswith("nbd+unix:")
+            steps = _attach_nbd if plain and has_nbd_driver() else _attach_loop
         try:
-            steps(record, folder, socket, block_size)
+            steps(record, folder, source)
             _save(folder, record)
         except BaseException:
             with contextlib.suppress(OSError):          # the first error is the one to tell
@@ -147,6 +163,24 @@ def clean_up(runtime: str | os.PathLike[str]) -> list[str]:
     return complaints
 
 
+def in_use(node: str) -> str | None:
+    """Say who uses a node, or None.
+
+    Args:
+        node: what `attach` returned.
+
+    Returns:
+        Words that go after `NODE is`, with what to do: `mounted on /mnt: unmount it first`.
+
+    Raises:
+        OSError: the node cannot be looked at.
+    """
+    if stat.S_ISBLK(os.stat(node).st_mode):
+        return _user_of_node(node)
+    users = _users_of_file(node)
+    return f"open in process {users}: close it first" if users else None
+
+
 def has_nbd_driver() -> bool:
     """Say whether the kernel has its nbd driver, loading it where that is possible."""
     if os.path.isdir("/sys/module/nbd") or os.path.isdir("/sys/block/nbd0"):
@@ -161,13 +195,21 @@ def has_nbd_driver() -> bool:
 # -- Attaching ----------------------------------------------------------------------------------
 
 
+# What to attach.
+class _Source(NamedTuple):
+    socket: str
+    export: str
+    uri: str
+    block_size: int                                     # bytes
+
+
 # The kernel's own client. Each step is entered in `record` as soon as it is done, for _undo.
-def _attach_nbd(record: dict, folder: Path, socket: Any, block_size: int) -> None:
+def _attach_nbd(record: dict, folder: Path, source: _Source) -> None:
     client = _need("nbd-client", "nbd-client")
     complaint = ""
     for node in _free_nbd_nodes():
-        command = [client, "-unix", os.fspath(socket), node, "-N", record["name"],
-                   "-b", str(min(max(block_size, 512), 4096)), "-C", str(_CONNECTIONS)]
+        command = [client, "-unix", source.socket, node, "-N", source.export,
+                   "-b", str(min(max(source.block_size, 512), 4096)), "-C", str(_CONNECTIONS)]
         if record["readonly"]:
             command.append("-R")
         done = _run(command)
@@ -182,7 +224,7 @@ def _attach_nbd(record: dict, folder: Path, socket: Any, block_size: int) -> Non
 
 
 # nbdfuse's file, nothing more.
-def _attach_file(record: dict, folder: Path, socket: Any, block_size: int) -> None:
+def _attach_file(record: dict, folder: Path, source: _Source) -> None:
     program = _need("nbdfuse", "libnbd-bin or nbdfuse")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise OSError(errno.ENODEV, "/dev/fuse is missing or closed to this user (a container "
@@ -194,7 +236,7 @@ def _attach_file(record: dict, folder: Path, socket: Any, block_size: int) -> No
     record.update(method="file", file=str(file), node=str(file))
     command = [program, "-C", str(_CONNECTIONS)]
     command += ["-r"] if record["readonly"] else []
-    command += [str(file), export_uri(record["name"], socket)]
+    command += [str(file), source.uri]
     with open(place / "log", "wb") as log:
         # A session of its own: the terminal's Ctrl-C must not pull the disk from under a mount.
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -213,14 +255,14 @@ def _attach_file(record: dict, folder: Path, socket: Any, block_size: int) -> No
 
 
 # A loop device over nbdfuse's file.
-def _attach_loop(record: dict, folder: Path, socket: Any, block_size: int) -> None:
+def _attach_loop(record: dict, folder: Path, source: _Source) -> None:
     program = _need("losetup", "mount")
     if not os.path.exists("/dev/loop-control"):
         raise OSError(errno.ENODEV, "neither nbd nor loop devices here: /dev/loop-control is "
                       f"missing; `dmpy attach --file {record['name']}` needs neither")
-    _attach_file(record, folder, socket, block_size)
+    _attach_file(record, folder, source)
     command = [program, "--find", "--show", "--direct-io=off"]
-    command += ["--sector-size", str(min(block_size, 4096))] if block_size > 512 else []
+    command += ["--sector-size", str(min(source.block_size, 4096))] if source.block_size > 512 else []
     command += ["--read-only"] if record["readonly"] else []
     done = _run([*command, record["file"]])
     if done.returncode:
