@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno as errnos
+
 __all__ = ["DeviceError", "FormatError", "TableError"]
 
 
@@ -13,6 +15,7 @@ class TableError(ValueError):
         line: number of the table line, counted from 1, or None for the table as a whole.
         target: the target's type name, or None where the line did not get that far.
         argument: the name of the argument at fault, or None.
+        errno: what the kernel's ioctl would give.
     """
 
     def __init__(
@@ -22,7 +25,9 @@ class TableError(ValueError):
         line: int | None = None,
         target: str | None = None,
         argument: str | None = None,
+        errno: int = errnos.EINVAL,
     ) -> None:
+        self.errno = errno
         self.reason = reason
         self.line = line
         self.target = target

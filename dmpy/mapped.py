@@ -1,0 +1,661 @@
+"""A mapped device: a name, a live and an inactive table, and the requests that go through them.
+
+Source: Linux v6.12 drivers/md/dm.c, dm_suspend(), dm_resume(), dm_swap_table(); dm-ioctl.c,
+do_suspend(), do_resume(), table_load().
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator
+from time import monotonic, perf_counter_ns
+
+from dmpy.device import BlockDevice, BlockSize, Buffers, Extent, slices, total
+from dmpy.errors import DeviceError
+from dmpy.plan import Gate, Lane, Plan, Segment, beyond_the_end, drain, segments_of
+from dmpy.table import Table
+from dmpy.units import SECTOR_SHIFT
+
+__all__ = ["MAJOR", "MappedDevice", "Stats"]
+
+_log = logging.getLogger("dmpy")
+
+MAJOR = 253
+"""The major number that mapped devices have, device-mapper's usual one."""
+
+_BUCKETS = 65
+
+
+class Stats:
+    """What a device has done since it was created.
+
+    Attributes:
+        reads: requests that succeeded; also writes, flushes, discards, zeroes.
+        read_bytes: bytes of them; also write_bytes.
+        errors: requests of any kind that failed.
+        read_histogram: how many reads took a number of nanoseconds that has as many bits as the
+            index says, waiting for a suspended device included; also write_histogram.
+    """
+
+    __slots__ = (
+        "_device",
+        "discards",
+        "errors",
+        "flushes",
+        "read_bytes",
+        "read_histogram",
+        "reads",
+        "write_bytes",
+        "write_histogram",
+        "writes",
+        "zeroes",
+    )
+
+    def __init__(self, device: MappedDevice) -> None:
+        self._device = device
+        # Threads add to these without a lock: CPython switches threads at calls and jumps, and
+        # there is none between reading such a number and storing it.
+        self.reads = self.writes = self.flushes = self.discards = self.zeroes = 0
+        self.read_bytes = self.write_bytes = self.errors = 0
+        self.read_histogram = [0] * _BUCKETS
+        self.write_histogram = [0] * _BUCKETS
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are under way or wait for the device to be resumed."""
+        return self._device.in_flight
+
+    def snapshot(self) -> dict[str, int | list[int]]:
+        """Return all of it, by name."""
+        figures = {name: getattr(self, name) for name in self.__slots__ if name[0] != "_"}
+        for name in ("read_histogram", "write_histogram"):
+            figures[name] = list(figures[name])
+        return figures | {"in_flight": self.in_flight}
+
+
+class MappedDevice(BlockDevice):
+    """A device made of a table; made by Mapper.create().
+
+    Requests go through the plan that was made of the live table. `load` makes an inactive table,
+    `resume` puts it to use, `suspend` holds requests back: those under way come to an end, new ones
+    wait until `resume`.
+
+    Locks: `_life` lets one thread at a time change this device; `topology`, shared by all devices of
+    a mapper, protects plans, tables and holders and may be taken under `_life`, never the other way
+    round. No I/O is done under `topology`.
+
+    Args:
+        name: as people call it.
+        minor: its number.
+        uuid: empty, or unique.
+        topology: the lock that all devices of a mapper share.
+        release: gives back the devices that a table holds.
+
+    Attributes:
+        holders: the mapped devices whose tables use this one, with how many tables each.
+        deferred_remove: it goes when nobody has it open any more.
+        on_last_close: called then.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        minor: int,
+        uuid: str = "",
+        *,
+        topology: threading.RLock,
+        release: Callable[[MappedDevice, Table], None],
+    ) -> None:
+        self.name = name
+        self.uuid = uuid
+        self.major = MAJOR
+        self.minor = minor
+        self.size = 0
+        self.live: Table | None = None
+        self.inactive: Table | None = None
+        self.suspended = False
+        self.removed = False
+        self.deferred_remove = False
+        self.on_last_close: Callable[[MappedDevice], None] | None = None
+        self.holders: Counter[MappedDevice] = Counter()
+        self.event_nr = 0
+        self.stats = Stats(self)
+        self._openers = 0
+        self._life = threading.RLock()
+        self._topology = topology
+        self._release = release
+        self._events = threading.Condition()
+        self._plan: Plan = Plan(self, [])
+        # Legs whose failure has been logged since the table was put to use.
+        self._logged: set[str | None] = set()
+
+    def __repr__(self) -> str:
+        return f"<MappedDevice {self.name} {self.table_name}>"
+
+    @property
+    def table_name(self) -> str:
+        """The device number, as the kernel prints it."""
+        return f"{self.major}:{self.minor}"
+
+    # Requests
+
+    def preadv(self, buffers: Buffers, offset: int) -> None:
+        begun = perf_counter_ns()
+        length = total(buffers)
+        # The request path. Every line of it costs all devices; see plan.py for what it does.
+        while True:
+            plan = self._plan
+            segment = plan.segments[bisect_right(plan.ends, offset)]
+            segment.enter()
+            if plan is self._plan:
+                break
+            segment.leave()
+        try:
+            if offset + length <= segment.end and offset >= 0:
+                segment.preadv(buffers, offset + segment.skew)
+                length_left = 0
+            else:
+                length_left = length
+        except OSError as error:
+            self._failed(segment, error)
+            raise
+        finally:
+            segment.leave()
+        if length_left:
+            self._each(
+                offset,
+                length,
+                lambda segment, place, done, piece: segment.preadv(
+                    slices(buffers, done, piece), place
+                ),
+            )
+        stats = self.stats
+        stats.reads += 1
+        stats.read_bytes += length
+        stats.read_histogram[(perf_counter_ns() - begun).bit_length()] += 1
+
+    def pwritev(self, buffers: Buffers, offset: int, *, fua: bool = False) -> None:
+        begun = perf_counter_ns()
+        length = total(buffers)
+        # The request path, as above.
+        while True:
+            plan = self._plan
+            segment = plan.segments[bisect_right(plan.ends, offset)]
+            segment.enter()
+            if plan is self._plan:
+                break
+            segment.leave()
+        try:
+            if self.readonly:
+                self._refuse_write(offset)
+            if offset + length <= segment.end and offset >= 0:
+                segment.pwritev(buffers, offset + segment.skew, fua=fua)
+                length_left = 0
+            else:
+                length_left = length
+        except OSError as error:
+            self._failed(segment, error)
+            raise
+        finally:
+            segment.leave()
+        if length_left:
+            self._each(
+                offset,
+                length,
+                lambda segment, place, done, piece: segment.pwritev(
+                    slices(buffers, done, piece), place, fua=fua
+                ),
+            )
+        stats = self.stats
+        stats.writes += 1
+        stats.write_bytes += length
+        stats.write_histogram[(perf_counter_ns() - begun).bit_length()] += 1
+
+    def discard(self, offset: int, length: int) -> None:
+        supported: list[bool] = []
+
+        def discard(segment: Segment, place: int, done: int, piece: int) -> None:
+            try:
+                segment.device.discard(place, piece)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                supported.append(False)
+            else:
+                supported.append(True)
+
+        self._each(offset, length, discard, writes=True)
+        # As in the kernel, a device takes discards when any of its targets does.
+        if not any(supported):
+            raise DeviceError(errno.EOPNOTSUPP, f"{self.name}: discard is not supported")
+        self.stats.discards += 1
+
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
+    ) -> None:
+        """Make the range read as zeroes; where `fast_only` fails, a part of it may do so already."""
+        self._each(
+            offset,
+            length,
+            lambda segment, place, done, piece: segment.device.write_zeroes(
+                place, piece, may_unmap=may_unmap, fast_only=fast_only
+            ),
+            writes=True,
+        )
+        self.stats.zeroes += 1
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        found: list[Extent] = []
+
+        def look(segment: Segment, place: int, done: int, piece: int) -> None:
+            skew = segment.skew
+            found.extend(
+                Extent(extent.offset - skew, extent.length, extent.kind)
+                for extent in segment.device.extents(place, piece)
+            )
+
+        self._each(offset, length, look)
+        return iter(found)
+
+    def flush(self) -> None:
+        first: OSError | None = None
+        plan = None
+        while plan is not self._plan:
+            plan = self._plan
+            for segment, devices in plan.flushes():
+                segment.enter()
+                try:
+                    # Begin anew with the plan that there is now: it may have other devices.
+                    if plan is not self._plan:
+                        break
+                    first = _flush(devices) or first
+                finally:
+                    segment.leave()
+        if first is not None:
+            self.stats.errors += 1
+            raise first
+        self.stats.flushes += 1
+
+    # The slow path of every request: piece by piece, each on its own lane.
+    # act(segment, offset on the segment's device, bytes done before, bytes of the piece)
+    def _each(
+        self,
+        offset: int,
+        length: int,
+        act: Callable[[Segment, int, int, int], None],
+        *,
+        writes: bool = False,
+    ) -> None:
+        begin = offset
+        end = offset + length
+        while offset < end:
+            plan = self._plan
+            segment = plan.segments[bisect_right(plan.ends, offset)]
+            segment.enter()
+            try:
+                if plan is not self._plan:
+                    continue
+                if begin < 0 or end > plan.size:
+                    beyond_the_end(self, begin)
+                if writes and self.readonly:
+                    self._refuse_write(begin)
+                piece = min(end, segment.end) - offset
+                act(segment, offset + segment.skew, offset - begin, piece)
+                offset += piece
+            except OSError as error:
+                self._failed(segment, error)
+                raise
+            finally:
+                segment.leave()
+
+    # Refuse a write to a read-only device.
+    def _refuse_write(self, offset: int) -> None:
+        raise DeviceError(
+            errno.EROFS, f"{self.name} is read-only", device=self.name, offset=offset
+        )
+
+    # Count a failed request, and log a failed leg once.
+    def _failed(self, segment: Segment, error: OSError) -> None:
+        self.stats.errors += 1
+        if error.errno in (errno.EOPNOTSUPP, errno.EROFS):
+            return
+        leg = getattr(error, "device", None) or segment.device.name
+        if leg not in self._logged:
+            self._logged.add(leg)
+            _log.error("%s: %s: %s", self.name, leg, error.strerror or error)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are under way or wait for the device to be resumed."""
+        return self._plan.in_flight
+
+    # Tables
+
+    def load(self, table: Table) -> None:
+        """Make a table the inactive one; the one that was there is dropped."""
+        with self._life:
+            self._alive()
+            with self._topology:
+                old, self.inactive = self.inactive, table
+            if old is not None:
+                self._release(self, old)
+
+    def clear(self) -> None:
+        """Drop the inactive table."""
+        with self._life:
+            self._alive()
+            with self._topology:
+                old, self.inactive = self.inactive, None
+            if old is not None:
+                self._release(self, old)
+
+    def suspend(self, *, noflush: bool = False) -> None:
+        """Hold requests back; returns when none is under way.
+
+        Args:
+            noflush: do not flush what has been written.
+        """
+        with self._life:
+            self._alive()
+            if not self.suspended:
+                self._quiesce(noflush=noflush)
+
+    def resume(self) -> None:
+        """Put the inactive table to use if there is one, and let requests go on.
+
+        Raises:
+            OSError: EINVAL when the device is suspended and has no table.
+        """
+        with self._life:
+            self._alive()
+            if self.inactive is None and not self.suspended:
+                return
+            table = self.inactive or self.live
+            if table is None:
+                raise DeviceError(errno.EINVAL, f"{self.name} has no table to resume")
+            if not self.suspended:
+                self._quiesce(noflush=False)
+            for line in table.lines:
+                line.target.event = self.trigger_event
+                line.target.resume()
+            gate = self._plan
+            with self._topology:
+                old = self.live
+                self.live, self.inactive = table, None
+                self.suspended = False
+                self.size = table.size
+                self.block_size = table.block_size
+                self.readonly = table.readonly
+                self._logged.clear()
+                self._compile()
+                self._compile_holders()
+            assert isinstance(gate, Gate)
+            gate.open()
+            if old is not None and old is not table:
+                self._release(self, old)
+
+    # Bring I/O to an end and put up the gate.
+    def _quiesce(self, *, noflush: bool) -> None:
+        targets = [line.target for line in self.live.lines] if self.live else []
+        for target in targets:
+            target.presuspend()
+        with self._topology:
+            self.suspended = True
+            old, self._plan = self._plan, Gate(self)
+            # Whoever passes over this device has to come through it from now on.
+            replaced = self._compile_holders()
+        drain(old.lanes | {lane for lane in replaced if self in lane.passed})
+        if not noflush:
+            error = _flush([device for _, devices in old.flushes() for device in devices])
+            if error is not None:
+                # A device is suspended to be repaired, so a leg that is gone must not prevent it.
+                _log.error("%s: flush before suspend: %s", self.name, error.strerror or error)
+        for target in targets:
+            target.postsuspend()
+
+    @property
+    def plan_to_pass(self) -> Plan | None:
+        """The plan, where devices above may use it as theirs: running, and writable."""
+        passable = self.live is not None and not self.suspended and not self.readonly
+        return self._plan if passable else None
+
+    # Make a plan of the live table, under `topology`; returns the lanes that it replaces.
+    def _compile(self) -> set[Lane]:
+        replaced = set(self._plan.lanes)
+        lanes: dict[frozenset, Lane] = {}
+        segments: list[Segment] = []
+        here = Lane()
+        for line in self.live.lines:
+            target = line.target
+            begin = line.begin << SECTOR_SHIFT
+            if target.transparent:
+                leg = target.legs[0]
+                segments += segments_of(leg.device, leg.start, leg.length, begin, lanes)
+                continue
+            segments.append(Segment(begin, begin + target.size, target, -begin, here))
+            for leg in target.legs:
+                found = segments_of(leg.device, leg.start, leg.length, 0, {})
+                if len(found) != 1:
+                    found = [Segment(0, leg.length, leg.device, leg.start, Lane())]
+                replaced.add(leg.segment.lane)
+                leg.segment = found[0]
+        self._plan = Plan(self, segments)
+        return replaced
+
+    # Make new plans for all devices above that run, lower ones first, under `topology`.
+    def _compile_holders(self) -> set[Lane]:
+        order: list[MappedDevice] = []
+        seen = {self}
+
+        def visit(device: MappedDevice) -> None:
+            for holder in device.holders:
+                if holder not in seen:
+                    seen.add(holder)
+                    visit(holder)
+                    order.append(holder)
+
+        visit(self)
+        replaced: set[Lane] = set()
+        for holder in reversed(order):
+            if holder.live is not None and not holder.suspended:
+                replaced |= holder._compile()
+        return replaced
+
+    # Openers and events
+
+    @property
+    def open_count(self) -> int:
+        """How many have the device open: clients, and tables of devices above."""
+        return self._openers + self.holders.total()
+
+    def open(self, *, writable: bool = False) -> None:
+        """Count somebody who uses the device, until release().
+
+        Raises:
+            OSError: ENXIO when the device has been removed, EROFS when it is read-only.
+        """
+        with self._topology:
+            self._alive()
+            if writable and self.readonly:
+                raise DeviceError(errno.EROFS, f"{self.name} is read-only", device=self.name)
+            self._openers += 1
+
+    def release(self) -> None:
+        """Count him out again."""
+        with self._topology:
+            self._openers -= 1
+            assert self._openers >= 0
+        self.closed_by_somebody()
+
+    def closed_by_somebody(self) -> None:
+        """Go, if that was wanted and nobody has the device open any more."""
+        if self.deferred_remove and not self.open_count and self.on_last_close is not None:
+            self.on_last_close(self)
+
+    # Refuse to go on with a device that has been removed.
+    def _alive(self) -> None:
+        if self.removed:
+            raise DeviceError(errno.ENXIO, f"device {self.name} is gone", device=self.name)
+
+    def trigger_event(self) -> None:
+        """Wake up whoever waits for the device, dm_table_event()."""
+        with self._events:
+            self.event_nr += 1
+            self._events.notify_all()
+
+    def wait(self, event_nr: int | None = None, timeout: float | None = None) -> int:
+        """Wait for an event.
+
+        Args:
+            event_nr: return when the event counter is above this; None for the counter as it is.
+            timeout: seconds, None for ever.
+
+        Returns:
+            The event counter.
+
+        Raises:
+            OSError: ETIMEDOUT, or ENXIO when the device was removed meanwhile.
+        """
+        deadline = None if timeout is None else monotonic() + timeout
+        with self._events:
+            seen = self.event_nr if event_nr is None else event_nr
+            while self.event_nr <= seen:
+                self._alive()
+                left = None if deadline is None else deadline - monotonic()
+                if left is not None and left <= 0:
+                    raise DeviceError(
+                        errno.ETIMEDOUT, f"{self.name}: no event in {timeout} seconds"
+                    )
+                self._events.wait(left)
+            return self.event_nr
+
+    # What people ask about
+
+    def table_lines(
+        self, *, inactive: bool = False, showkeys: bool = False
+    ) -> list[tuple[int, int, str, str]]:
+        """Return (begin, len, type, arguments) of each line, none without a table."""
+        table = self.inactive if inactive else self.live
+        return table.table_lines(showkeys=showkeys) if table else []
+
+    def status_lines(
+        self, *, inactive: bool = False, noflush: bool = False
+    ) -> list[tuple[int, int, str, str]]:
+        """Return (begin, len, type, status) of each line, none without a table.
+
+        Args:
+            inactive: of the inactive table.
+            noflush: do not commit what is pending first; no target here has anything pending.
+        """
+        table = self.inactive if inactive else self.live
+        return table.status_lines() if table else []
+
+    def table_text(self, *, inactive: bool = False, showkeys: bool = False) -> str:
+        """Return the table's text, empty without a table."""
+        table = self.inactive if inactive else self.live
+        return table.text(showkeys=showkeys) if table else ""
+
+    def status_text(self, *, inactive: bool = False, noflush: bool = False) -> str:
+        """Return the status text, empty without a table."""
+        table = self.inactive if inactive else self.live
+        return table.status() if table else ""
+
+    def deps(self, *, inactive: bool = False) -> list[tuple[int | None, int | None, str]]:
+        """Return (major, minor, name) of the devices under a table, the last one named first.
+
+        Numbers are None for what has none: files, memory, and devices of other servers.
+        """
+        table = self.inactive if inactive else self.live
+        found: list[tuple[int | None, int | None, str]] = []
+        for device in reversed(table.devices) if table else ():
+            major, _, minor = device.table_name.partition(":")
+            if major.isdecimal() and minor.isdecimal():
+                found.append((int(major), int(minor), device.name))
+            else:
+                found.append((None, None, device.name))
+        return found
+
+    def message(self, sector: int, text: str) -> str:
+        """Send a message to the target at a sector and return its reply.
+
+        Raises:
+            OSError: EINVAL when the message is empty or not known, or nothing is at that sector.
+        """
+        words = text.split()
+        if not words:
+            raise DeviceError(errno.EINVAL, f"{self.name}: message is empty")
+        with self._life:
+            self._alive()
+            if words[0] == "@cancel_deferred_remove":
+                self.deferred_remove = False
+                return ""
+            if words[0].startswith("@"):
+                raise DeviceError(errno.EINVAL, f"{self.name}: unknown message {words[0]}")
+            target = self.live.find(sector) if self.live else None
+            if target is None:
+                raise DeviceError(
+                    errno.EINVAL, f"{self.name}: sector {sector} of the message has no target"
+                )
+            return target.message(*words)
+
+    def info(self) -> dict[str, object]:
+        """Return what `dmsetup info` tells, by name."""
+        table = self.live or self.inactive
+        return {
+            "name": self.name,
+            "uuid": self.uuid,
+            "major": self.major,
+            "minor": self.minor,
+            "size_sectors": self.size >> SECTOR_SHIFT,
+            "open_count": self.open_count,
+            "event_nr": self.event_nr,
+            "targets": len(table.lines) if table else 0,
+            "readonly": self.readonly,
+            "suspended": self.suspended,
+            "live_table": self.live is not None,
+            "inactive_table": self.inactive is not None,
+            "deferred_remove": self.deferred_remove,
+            "block_size": list(self.block_size),
+        }
+
+    # End
+
+    def shut(self, refusal: DeviceError) -> None:
+        """Fail every request from now on, after those under way; wakes up whoever waits."""
+        with self._topology:
+            old, self._plan = self._plan, Gate(self)
+            self.suspended = True
+            self._plan.refuse(refusal)
+            replaced = self._compile_holders()
+        if isinstance(old, Gate):
+            old.refuse(refusal)
+        drain(old.lanes | {lane for lane in replaced if self in lane.passed})
+
+    def close(self) -> None:
+        """Drop both tables, after shut()."""
+        with self._life:
+            with self._topology:
+                self.removed = True
+                tables = [table for table in (self.inactive, self.live) if table is not None]
+                self.live = self.inactive = None
+                self.size = 0
+                self.block_size = BlockSize()
+            for table in tables:
+                self._release(self, table)
+        # Outside the locks: whoever waits finds the device gone.
+        self.trigger_event()
+
+
+# Flush devices, all of them, and return the first error.
+def _flush(devices: list[BlockDevice]) -> OSError | None:
+    first: OSError | None = None
+    for device in devices:
+        try:
+            device.flush()
+        except OSError as error:
+            first = first or error
+    return first

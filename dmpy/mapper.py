@@ -1,0 +1,616 @@
+"""The registry of mapped devices: what the kernel's device-mapper core is.
+
+Source: Linux v6.12 drivers/md/dm-ioctl.c, dev_create(), dm_hash_rename(), dev_remove().
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from dmpy.backing import Leaves
+from dmpy.device import BlockDevice
+from dmpy.errors import DeviceError, TableError
+from dmpy.mapped import MAJOR, MappedDevice
+from dmpy.table import Table
+from dmpy.target import target_types
+
+__all__ = ["FailedEntry", "Journal", "Mapper"]
+
+_log = logging.getLogger("dmpy")
+
+# DM_NAME_LEN and DM_UUID_LEN with their terminating zero
+_LONGEST_NAME = 127
+_LONGEST_UUID = 128
+_MINORS = 1 << 20
+
+_NUMBERS = re.compile(r"([0-9]{1,9}):([0-9]{1,9})", re.ASCII)
+
+Listener = Callable[[str, MappedDevice], None]
+
+
+class Journal(Protocol):
+    """Where a mapper notes its devices, so that they come back."""
+
+    def record(self, entry: dict) -> None:
+        """Keep what is known of a device, in the place of what was; durable on return."""
+
+    def forget(self, minor: int) -> None:
+        """Drop a device."""
+
+    def entries(self) -> list[dict]:
+        """Return what was kept, by minor number."""
+
+
+class FailedEntry(NamedTuple):
+    """A device of the journal that could not be rebuilt, and why."""
+
+    name: str
+    uuid: str
+    minor: int
+    error: str
+
+
+class Mapper:
+    """All mapped devices of a process, by name.
+
+    Everything raises TableError or OSError (DeviceError) and changes nothing when it does. All of
+    it may be called from several threads.
+
+    Args:
+        journal: notes every change; None for devices that end with the process.
+        device_dirs: folders whose file names are device names, for tables that say
+            /dev/mapper/NAME.
+        leaves: opens what is not a mapped device.
+
+    Attributes:
+        failed: entries of the journal that could not be rebuilt.
+        listeners: called with what happened ("created", "loaded", "resumed", "suspended",
+            "renamed", "removed") and the device, after the change and outside the locks.
+    """
+
+    def __init__(
+        self,
+        journal: Journal | None = None,
+        device_dirs: Sequence[str] = ("/dev/mapper",),
+        leaves: Leaves | None = None,
+    ) -> None:
+        self.device_dirs = list(device_dirs)
+        self.failed: list[FailedEntry] = []
+        self.listeners: list[Listener] = []
+        self._journal = journal
+        self._leaves = leaves or Leaves()
+        self._devices: dict[str, MappedDevice] = {}
+        self._topology = threading.RLock()
+        self._closed = False
+
+    def __enter__(self) -> Mapper:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # Looking up
+
+    def device(
+        self, name: str | None = None, *, uuid: str | None = None, minor: int | None = None
+    ) -> MappedDevice:
+        """Return the device with a name, a uuid, or a minor number.
+
+        Raises:
+            OSError: ENXIO when there is none.
+        """
+        with self._topology:
+            if name is not None:
+                found = self._devices.get(name)
+                what = f"device {name}"
+            elif uuid is not None:
+                found = self._find(lambda device: bool(uuid) and device.uuid == uuid)
+                what = f"device with uuid {uuid}"
+            else:
+                found = self._find(lambda device: device.minor == minor)
+                what = f"device {MAJOR}:{minor}"
+        if found is None:
+            raise DeviceError(errno.ENXIO, f"{what} does not exist")
+        return found
+
+    # The first device that fits, or None.
+    def _find(self, fits: Callable[[MappedDevice], bool]) -> MappedDevice | None:
+        return next(filter(fits, self._devices.values()), None)
+
+    def devices(self) -> list[MappedDevice]:
+        """Return all devices by name."""
+        with self._topology:
+            return [self._devices[name] for name in sorted(self._devices)]
+
+    def targets(self) -> list[tuple[str, tuple[int, int, int]]]:
+        """Return (name, version) of every target that a table can name."""
+        return [(target.type_name, target.version) for target in target_types()]
+
+    # Making and changing
+
+    def create(
+        self,
+        name: str,
+        table: str | None = None,
+        *,
+        uuid: str = "",
+        readonly: bool = False,
+        minor: int | None = None,
+        cwd: str | None = None,
+    ) -> MappedDevice:
+        """Make a device; with a table, load it and put it to use.
+
+        Args:
+            name: up to 127 bytes without a slash.
+            table: the table's text, or None for a device without a table.
+            uuid: up to 128 bytes.
+            readonly: writes are refused.
+            minor: the number to have, None for the lowest that is free.
+            cwd: where relative paths in the table begin; None for the process's folder.
+
+        Raises:
+            TableError: the table cannot be loaded.
+            OSError: EBUSY when name or uuid are taken, ENXIO when the number is, EINVAL when one
+                of them cannot be.
+        """
+        _check_name(name)
+        _check_uuid(uuid)
+        with self._topology:
+            self._open_for_business()
+            self._free_name(name)
+            self._free_uuid(uuid)
+            number = self._free_minor(minor)
+            device = MappedDevice(
+                name, number, uuid, topology=self._topology, release=self._release
+            )
+            device.readonly = readonly
+            device.on_last_close = self._last_close
+            self._devices[name] = device
+        try:
+            if table is not None:
+                device.load(self._parse(device, table, readonly, cwd))
+                device.resume()
+            self._record(device)
+        except BaseException:
+            self._unregister(device)
+            raise
+        self._tell("created", device)
+        return device
+
+    def load(
+        self, name: str, table: str, *, readonly: bool | None = None, cwd: str | None = None
+    ) -> MappedDevice:
+        """Load a table as the inactive one; resume() puts it to use.
+
+        Args:
+            name: the device.
+            table: the table's text.
+            readonly: of the device from then on; None for as it is.
+            cwd: where relative paths in the table begin.
+        """
+        device = self.device(name)
+        if readonly is None:
+            readonly = device.readonly
+        device.load(self._parse(device, table, readonly, cwd))
+        self._record(device)
+        self._tell("loaded", device)
+        return device
+
+    def clear(self, name: str) -> MappedDevice:
+        """Drop the inactive table."""
+        device = self.device(name)
+        device.clear()
+        self._record(device)
+        return device
+
+    def suspend(self, name: str, *, noflush: bool = False) -> MappedDevice:
+        """Hold requests back, after those under way have ended."""
+        device = self.device(name)
+        device.suspend(noflush=noflush)
+        self._record(device)
+        self._tell("suspended", device)
+        return device
+
+    def resume(self, name: str) -> MappedDevice:
+        """Put the inactive table to use if there is one, and let requests go on."""
+        device = self.device(name)
+        device.resume()
+        self._forget_failure(device)
+        self._record(device)
+        self._tell("resumed", device)
+        return device
+
+    def rename(self, name: str, new_name: str) -> MappedDevice:
+        """Give a device another name."""
+        _check_name(new_name)
+        with self._topology:
+            device = self.device(name)
+            self._free_name(new_name)
+            self._devices[new_name] = self._devices.pop(name)
+            device.name = new_name
+        try:
+            self._record(device)
+        except OSError:
+            with self._topology:
+                self._devices[name] = self._devices.pop(new_name)
+                device.name = name
+            raise
+        device.trigger_event()
+        self._tell("renamed", device)
+        return device
+
+    def set_uuid(self, name: str, uuid: str) -> MappedDevice:
+        """Give a device a uuid, once."""
+        _check_uuid(uuid)
+        with self._topology:
+            device = self.device(name)
+            if device.uuid:
+                raise DeviceError(errno.EINVAL, f"{name} has the uuid {device.uuid} already")
+            self._free_uuid(uuid)
+            device.uuid = uuid
+        try:
+            self._record(device)
+        except OSError:
+            device.uuid = ""
+            raise
+        device.trigger_event()
+        return device
+
+    def message(self, name: str, sector: int, text: str) -> str:
+        """Send a message to the target at a sector and return its reply."""
+        return self.device(name).message(sector, text)
+
+    def wait(
+        self, name: str, event_nr: int | None = None, timeout: float | None = None
+    ) -> int:
+        """Wait for an event of a device; see MappedDevice.wait()."""
+        return self.device(name).wait(event_nr, timeout)
+
+    def remove(self, name: str, *, force: bool = False, deferred: bool = False) -> None:
+        """Remove a device.
+
+        Args:
+            name: the device.
+            force: first replace its table by one that fails all requests.
+            deferred: if it is in use, remove it when it no longer is.
+
+        Raises:
+            OSError: EBUSY when it is in use, ENXIO when there is none.
+        """
+        device = self.device(name)
+        if force and device.live is not None:
+            sectors = device.live.size >> 9
+            device.load(self._parse(device, f"0 {sectors} error", device.readonly, None))
+            device.suspend(noflush=True)
+            device.resume()
+        with self._topology:
+            if device.open_count:
+                if not deferred:
+                    raise DeviceError(errno.EBUSY, f"device {name} is in use {_by_whom(device)}")
+                device.deferred_remove = True
+                return
+            self._refuse_requests(device)
+        self._remove(device)
+
+    # Deferred removal, when the last one has closed the device.
+    def _last_close(self, device: MappedDevice) -> None:
+        with self._topology:
+            if device.removed or device.open_count or not device.deferred_remove:
+                return
+            self._refuse_requests(device)
+        self._remove(device)
+
+    # Take a device that nobody uses out of the registry, under the lock.
+    def _refuse_requests(self, device: MappedDevice) -> None:
+        device.removed = True
+        del self._devices[device.name]
+
+    # Take down a device that is out of the registry.
+    def _remove(self, device: MappedDevice) -> None:
+        self._shut_and_close(device)
+        self._forget_failure(device)
+        if self._journal is not None:
+            self._journal.forget(device.minor)
+        self._tell("removed", device)
+
+    # Undo create().
+    def _unregister(self, device: MappedDevice) -> None:
+        with self._topology:
+            device.removed = True
+            self._devices.pop(device.name, None)
+        self._shut_and_close(device)
+
+    # End a device's requests, then drop its tables.
+    def _shut_and_close(self, device: MappedDevice) -> None:
+        device.shut(DeviceError(errno.ENXIO, f"device {device.name} is gone", device=device.name))
+        device.close()
+
+    def close(self) -> None:
+        """Flush and close everything, those devices first that lie on others.
+
+        Raises:
+            OSError: the first flush that failed, after everything is closed.
+        """
+        with self._topology:
+            if self._closed:
+                return
+            self._closed = True
+            devices = _top_down(self._devices.values())
+        first: OSError | None = None
+        for device in devices:
+            try:
+                if not device.suspended and device.live is not None:
+                    device.flush()
+            except OSError as error:
+                first = first or error
+            device.shut(
+                DeviceError(errno.ESHUTDOWN, f"{device.name}: shutting down", device=device.name)
+            )
+        for device in devices:
+            device.close()
+        self._leaves.close()
+        with self._topology:
+            self._devices.clear()
+        if first is not None:
+            raise first
+
+    # Checks, under the lock
+
+    def _open_for_business(self) -> None:
+        if self._closed:
+            raise DeviceError(errno.ESHUTDOWN, "the mapper is closed")
+
+    def _free_name(self, name: str) -> None:
+        if name in self._devices or any(entry.name == name for entry in self.failed):
+            raise DeviceError(errno.EBUSY, f"device {name} exists already")
+
+    def _free_uuid(self, uuid: str) -> None:
+        taken = self._find(lambda device: bool(uuid) and device.uuid == uuid)
+        if taken is not None:
+            raise DeviceError(errno.EBUSY, f"uuid {uuid} is that of device {taken.name} already")
+
+    def _free_minor(self, wanted: int | None) -> int:
+        taken = {device.minor for device in self._devices.values()}
+        taken |= {entry.minor for entry in self.failed}
+        if wanted is None:
+            return next(number for number in range(_MINORS) if number not in taken)
+        if not 0 <= wanted < _MINORS:
+            raise DeviceError(
+                errno.EINVAL, f"minor number must be from 0 to {_MINORS - 1} (got {wanted})"
+            )
+        if wanted in taken:
+            # ENXIO rather than EBUSY is what the kernel says here.
+            raise DeviceError(errno.ENXIO, f"minor number {wanted} is taken")
+        return wanted
+
+    # Tables
+
+    # Read a table for a device; what it opened is given back when it cannot be loaded.
+    def _parse(
+        self, device: MappedDevice, text: str, readonly: bool, cwd: str | None
+    ) -> Table:
+        opened: list[BlockDevice] = []
+
+        def open_device(word: str) -> BlockDevice:
+            below = self._open(device, word, readonly, cwd or os.getcwd(), opened)
+            return below
+
+        try:
+            return Table.parse(text, open_device, readonly=readonly)
+        except BaseException:
+            self._release_devices(device, opened)
+            raise
+
+    # The device that a word in a table names. Each is held once a table, however often named.
+    def _open(
+        self,
+        device: MappedDevice,
+        word: str,
+        readonly: bool,
+        cwd: str,
+        opened: list[BlockDevice],
+    ) -> BlockDevice:
+        with self._topology:
+            below = self._named(word)
+            if below is not None:
+                if below in opened:
+                    return below
+                _refuse_loop(device, below)
+                if below.readonly and not readonly:
+                    raise DeviceError(errno.EACCES, f"{word}: device {below.name} is read-only")
+                below.holders[device] += 1
+                opened.append(below)
+                return below
+        leaf = self._leaves.open(word, readonly=readonly, cwd=cwd)
+        if leaf in opened:
+            self._leaves.release(leaf)
+        else:
+            opened.append(leaf)
+        return leaf
+
+    # The mapped device that a word names: maj:min, /dev/mapper/NAME, or its name.
+    def _named(self, word: str) -> MappedDevice | None:
+        numbers = _NUMBERS.fullmatch(word)
+        if numbers is not None and int(numbers[1]) == MAJOR:
+            minor = int(numbers[2])
+            return self._find(lambda device: device.minor == minor)
+        folder, slash, name = word.rpartition("/")
+        if slash and folder not in self.device_dirs:
+            return None
+        return self._devices.get(name)
+
+    # Give back the devices of a table; passed to every MappedDevice.
+    def _release(self, device: MappedDevice, table: Table) -> None:
+        self._release_devices(device, table.devices)
+
+    def _release_devices(self, device: MappedDevice, devices: list[BlockDevice]) -> None:
+        for below in devices:
+            if not isinstance(below, MappedDevice):
+                self._leaves.release(below)
+                continue
+            with self._topology:
+                below.holders[device] -= 1
+                if not below.holders[device]:
+                    del below.holders[device]
+            below.closed_by_somebody()
+
+    # The journal
+
+    # Note a device as it is now.
+    def _record(self, device: MappedDevice) -> None:
+        if self._journal is None or device.removed:
+            return
+        with self._topology:
+            entry = {
+                "minor": device.minor,
+                "name": device.name,
+                "uuid": device.uuid,
+                "readonly": device.readonly,
+                "suspended": device.suspended,
+                "live": device.live.text() if device.live else None,
+                "inactive": device.inactive.text() if device.inactive else None,
+                "inactive_readonly": device.inactive.readonly if device.inactive else None,
+            }
+        self._journal.record(entry)
+
+    def restore(self) -> None:
+        """Rebuild the devices of the journal; what cannot be rebuilt is in `failed` afterwards."""
+        assert self._journal is not None
+        waiting: list[tuple[MappedDevice, dict]] = []
+        for entry in self._journal.entries():
+            if "error" in entry:
+                self._fail(entry, entry["error"])
+                continue
+            device = MappedDevice(
+                entry["name"],
+                entry["minor"],
+                entry["uuid"],
+                topology=self._topology,
+                release=self._release,
+            )
+            device.readonly = entry["readonly"]
+            device.on_last_close = self._last_close
+            self._devices[device.name] = device
+            waiting.append((device, entry))
+        reasons: dict[int, str] = {}
+        # Devices lie on devices: try those that are left until a round brings nothing up.
+        before = None
+        while waiting and len(waiting) != before:
+            before = len(waiting)
+            waiting = [
+                (device, entry)
+                for device, entry in waiting
+                if not self._rebuild(device, entry, reasons)
+            ]
+        for _, entry in waiting:
+            self._fail(entry, reasons[entry["minor"]])
+
+    # Bring one device to where it was; says whether that worked.
+    def _rebuild(self, device: MappedDevice, entry: dict, reasons: dict[int, str]) -> bool:
+        try:
+            if entry["live"] is not None and device.live is None:
+                device.load(self._parse(device, entry["live"], entry["readonly"], "/"))
+                device.resume()
+            if entry["inactive"] is not None:
+                readonly = entry["inactive_readonly"]
+                device.load(self._parse(device, entry["inactive"], readonly, "/"))
+            if entry["suspended"]:
+                device.suspend()
+        except (TableError, OSError) as error:
+            reasons[device.minor] = str(error)
+            return False
+        return True
+
+    # Report a device of the journal that could not be rebuilt. It stays there, for the next time.
+    def _fail(self, entry: dict, reason: str) -> None:
+        name = entry["name"] or f"{MAJOR}:{entry['minor']}"
+        _log.error("%s: cannot be rebuilt: %s", name, reason)
+        self.failed.append(FailedEntry(name, entry["uuid"], entry["minor"], reason))
+
+    # A device that has been made to work, or removed, has not failed.
+    def _forget_failure(self, device: MappedDevice) -> None:
+        self.failed = [entry for entry in self.failed if entry.minor != device.minor]
+
+    # Tell everybody what happened.
+    def _tell(self, event: str, device: MappedDevice) -> None:
+        for listener in list(self.listeners):
+            listener(event, device)
+
+
+# Names and uuids as check_name() in dm-ioctl.c and the sizes in struct dm_ioctl have it.
+def _check_name(name: str) -> None:
+    if not name:
+        raise DeviceError(errno.EINVAL, "device name must not be empty")
+    if "/" in name or "\0" in name:
+        raise DeviceError(errno.EINVAL, f"device name must not contain / or NUL (got {name!r})")
+    if name in (".", "..", "control"):
+        raise DeviceError(errno.EINVAL, f"device name must not be {name}")
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise DeviceError(
+            errno.EINVAL,
+            f"device name must have at most {_LONGEST_NAME} bytes (got {len(os.fsencode(name))})",
+        )
+
+
+def _check_uuid(uuid: str) -> None:
+    if "\0" in uuid or len(os.fsencode(uuid)) > _LONGEST_UUID:
+        raise DeviceError(
+            errno.EINVAL, f"uuid must have at most {_LONGEST_UUID} bytes (got {uuid[:40]!r}...)"
+        )
+
+
+# Refuse a table through which a device would reach itself, under the lock.
+def _refuse_loop(device: MappedDevice, below: MappedDevice) -> None:
+    path = _path(below, device, set())
+    if path is not None:
+        way = " -> ".join(step.name for step in [device, *path])
+        raise DeviceError(errno.ELOOP, f"{below.name}: mapped to itself ({way})")
+
+
+# The way down from a device to another, through live and inactive tables, or None.
+def _path(
+    start: MappedDevice, goal: MappedDevice, seen: set[MappedDevice]
+) -> list[MappedDevice] | None:
+    if start is goal:
+        return [start]
+    seen.add(start)
+    for table in (start.live, start.inactive):
+        for lower in table.devices if table else ():
+            if isinstance(lower, MappedDevice) and lower not in seen:
+                rest = _path(lower, goal, seen)
+                if rest is not None:
+                    return [start, *rest]
+    return None
+
+
+# Who uses a device, for the sentence that refuses to remove it.
+def _by_whom(device: MappedDevice) -> str:
+    holders = sorted(holder.name for holder in device.holders)
+    clients = device.open_count - device.holders.total()
+    users = [f"by {', '.join(holders)}"] if holders else []
+    users += [f"by {clients} client{'s' * (clients > 1)}"] if clients else []
+    return " and ".join(users)
+
+
+# Devices in an order in which holders come before what they hold.
+def _top_down(devices) -> list[MappedDevice]:
+    order: list[MappedDevice] = []
+    seen: set[MappedDevice] = set()
+
+    def visit(device: MappedDevice) -> None:
+        if device in seen:
+            return
+        seen.add(device)
+        for holder in device.holders:
+            visit(holder)
+        order.append(device)
+
+    for device in devices:
+        visit(device)
+    return order

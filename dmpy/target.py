@@ -1,0 +1,579 @@
+"""Targets: what a table line does with the bytes of its range.
+
+A target is one file in `dmpy/targets/`, found by the word in the table, or a class that another
+package offers under the entry-point group `dmpy.targets`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+import pkgutil
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from enum import IntEnum
+from functools import reduce
+from importlib import metadata
+from typing import ClassVar, NoReturn
+
+from dmpy.device import BlockDevice, BlockSize, Buffers, Extent, slices, total
+from dmpy.errors import DeviceError, TableError
+from dmpy.plan import Lane, Segment
+from dmpy.units import SECTOR_SHIFT, SECTOR_SIZE, exact_div
+
+__all__ = [
+    "Args",
+    "Leg",
+    "MapTarget",
+    "Op",
+    "Run",
+    "Target",
+    "find_target",
+    "flush_all",
+    "target_types",
+]
+
+ENTRY_POINTS = "dmpy.targets"
+
+Run = tuple[int, int, int]
+"""A piece of a request that is contiguous on one leg: (leg, offset on the leg, length), bytes."""
+
+# What is not a device at all; lookup_bdev() makes one errno of it.
+_NO_DEVICE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENOTBLK}
+
+_DIGITS = re.compile(r"[0-9]+", re.ASCII)
+_DIGITS_PLUS = re.compile(r"\+?[0-9]+", re.ASCII)
+
+
+class Op(IntEnum):
+    """What a request wants, for targets that map reads and writes differently."""
+
+    READ = 0
+    WRITE = 1
+    DISCARD = 2
+    ZERO = 3
+    EXTENTS = 4
+
+
+class Leg:
+    """A section of a lower device that a target uses; offsets are bytes from its start.
+
+    Attributes:
+        device: the device that the table names.
+        start: bytes from the start of the device.
+        length: bytes.
+        segment: where the section really is, once devices that can be passed over are.
+    """
+
+    __slots__ = ("device", "length", "segment", "start")
+
+    def __init__(self, device: BlockDevice, start: int, length: int) -> None:
+        self.device = device
+        self.start = start
+        self.length = length
+        self.segment = Segment(0, length, device, start, Lane())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Leg):
+            return NotImplemented
+        mine = (self.device, self.start, self.length)
+        return mine == (other.device, other.start, other.length)
+
+    __hash__ = None
+
+    # The segment to use, with its lane entered.
+    def _enter(self) -> Segment:
+        segment = self.segment
+        segment.enter()
+        while segment is not self.segment:
+            segment.leave()
+            segment = self.segment
+            segment.enter()
+        return segment
+
+    def preadv(self, buffers: Buffers, offset: int) -> None:
+        """Read as BlockDevice.preadv() does."""
+        segment = self._enter()
+        try:
+            segment.preadv(buffers, offset + segment.skew)
+        finally:
+            segment.leave()
+
+    def pwritev(self, buffers: Buffers, offset: int, *, fua: bool = False) -> None:
+        """Write as BlockDevice.pwritev() does."""
+        segment = self._enter()
+        try:
+            segment.pwritev(buffers, offset + segment.skew, fua=fua)
+        finally:
+            segment.leave()
+
+    def flush(self) -> None:
+        """Flush the whole device below."""
+        segment = self._enter()
+        try:
+            segment.device.flush()
+        finally:
+            segment.leave()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Discard as BlockDevice.discard() does."""
+        segment = self._enter()
+        try:
+            segment.device.discard(offset + segment.skew, length)
+        finally:
+            segment.leave()
+
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
+    ) -> None:
+        """Write zeroes as BlockDevice.write_zeroes() does."""
+        segment = self._enter()
+        try:
+            segment.device.write_zeroes(
+                offset + segment.skew, length, may_unmap=may_unmap, fast_only=fast_only
+            )
+        finally:
+            segment.leave()
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """Return the extents of a piece, in bytes from the start of the leg."""
+        segment = self._enter()
+        try:
+            skew = segment.skew
+            return [
+                Extent(extent.offset - skew, extent.length, extent.kind)
+                for extent in segment.device.extents(offset + skew, length)
+            ]
+        finally:
+            segment.leave()
+
+    def table(self) -> str:
+        """Return the leg as a table has it: device and start sector."""
+        return f"{self.device.table_name} {exact_div(self.start, SECTOR_SIZE)}"
+
+
+# What `event` is until the target is part of a live table.
+def _nobody_waits() -> None:
+    pass
+
+
+class Target(BlockDevice):
+    """One line of a table; itself a block device of as many bytes.
+
+    Args:
+        length: bytes.
+        legs: the sections of lower devices that it uses; the kernel's iterate_devices, as data.
+
+    Attributes:
+        type_name: the word in the table, as the kernel spells it.
+        version: the version of the kernel's target whose grammar and status it follows.
+        transparent: byte b is always byte b of the one leg, so a plan may point straight at it.
+        event: tells whoever waits for the device that something happened, dm_table_event().
+    """
+
+    type_name: ClassVar[str]
+    version: ClassVar[tuple[int, int, int]]
+    transparent: ClassVar[bool] = False
+
+    def __init__(self, length: int, legs: Sequence[Leg] = ()) -> None:
+        self.name = self.type_name
+        self.size = length
+        self.legs = list(legs)
+        self.event: Callable[[], None] = _nobody_waits
+        self.block_size = reduce(
+            BlockSize.joined, (leg.device.block_size for leg in self.legs), BlockSize()
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Target):
+            return NotImplemented
+        return (
+            self.type_name == other.type_name
+            and self.size == other.size
+            and self.legs == other.legs
+            and self.table() == other.table()
+        )
+
+    __hash__ = object.__hash__
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, args: Args, length: int) -> Target:
+        """Make the target of a table line, the kernel's ctr.
+
+        Args:
+            args: the words after the target's name.
+            length: bytes of the line.
+
+        Raises:
+            TableError: the words do not make a target.
+        """
+
+    @abstractmethod
+    def table(self) -> str:
+        """Return the arguments as a table has them; parse() of them gives an equal target."""
+
+    def table_without_secrets(self) -> str:
+        """Return table() with zeroes in the place of keys."""
+        return self.table()
+
+    def status(self) -> str:
+        """Return the status line's words after the target's name, in the kernel's grammar."""
+        return ""
+
+    def message(self, *words: str) -> str:
+        """Act on a message and return the reply, which is empty for most.
+
+        Raises:
+            OSError: EINVAL when the target does not know the message.
+        """
+        raise DeviceError(
+            errno.EINVAL, f"{self.type_name} takes no messages (got {' '.join(words)[:80]})"
+        )
+
+    def presuspend(self) -> None:
+        """Get ready to be suspended; I/O still flows."""
+
+    def postsuspend(self) -> None:
+        """Come to rest; no I/O is under way."""
+
+    def resume(self) -> None:
+        """Get ready for I/O, before the first request and after each suspend."""
+
+    def flush(self) -> None:
+        """Flush every leg's device once."""
+        flush_all({id(leg.device): leg for leg in self.legs}.values())
+
+
+class MapTarget(Target):
+    """A target that only says where bytes live; this class moves them."""
+
+    @abstractmethod
+    def map(self, op: Op, offset: int, length: int) -> list[Run]:
+        """Say where a piece of the target lives.
+
+        Args:
+            op: what is wanted.
+            offset: bytes from the start of the target.
+            length: bytes, more than none.
+
+        Returns:
+            Runs that follow each other and fill the piece exactly.
+        """
+
+    def leg_error(self, leg: int, error: OSError) -> None:
+        """Take note that a leg failed a request; the error goes on to whoever asked."""
+
+    def preadv(self, buffers: Buffers, offset: int) -> None:
+        runs = self.map(Op.READ, offset, total(buffers))
+        for leg, place, views in _by_leg(runs, buffers):
+            try:
+                self.legs[leg].preadv(views, place)
+            except OSError as error:
+                self.leg_error(leg, error)
+                raise
+
+    def pwritev(self, buffers: Buffers, offset: int, *, fua: bool = False) -> None:
+        runs = self.map(Op.WRITE, offset, total(buffers))
+        for leg, place, views in _by_leg(runs, buffers):
+            try:
+                self.legs[leg].pwritev(views, place, fua=fua)
+            except OSError as error:
+                self.leg_error(leg, error)
+                raise
+
+    def discard(self, offset: int, length: int) -> None:
+        for leg, place, size in _joined(self.map(Op.DISCARD, offset, length)):
+            self.legs[leg].discard(place, size)
+
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
+    ) -> None:
+        for leg, place, size in _joined(self.map(Op.ZERO, offset, length)):
+            try:
+                self.legs[leg].write_zeroes(place, size, may_unmap=may_unmap, fast_only=fast_only)
+            except OSError as error:
+                self.leg_error(leg, error)
+                raise
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        for leg, place, size in self.map(Op.EXTENTS, offset, length):
+            for extent in self.legs[leg].extents(place, size):
+                yield Extent(offset + extent.offset - place, extent.length, extent.kind)
+            offset += size
+
+
+# Gather runs into one list of views for each stretch that is contiguous on its leg, so that a
+# request costs one system call a leg. Returns (leg, offset on the leg, views) of each.
+def _by_leg(runs: list[Run], buffers: Buffers) -> list[tuple[int, int, Buffers]]:
+    if len(runs) == 1:
+        leg, place, _ = runs[0]
+        return [(leg, place, buffers)]
+    stretches: list[tuple[int, int, list[memoryview]]] = []
+    last: dict[int, tuple[int, list[memoryview]]] = {}
+    done = 0
+    for leg, place, length in runs:
+        views = slices(buffers, done, length)
+        done += length
+        end, gathered = last.get(leg, (-1, views))
+        if end == place:
+            gathered += views
+        else:
+            gathered = views
+            stretches.append((leg, place, gathered))
+        last[leg] = (place + length, gathered)
+    return stretches
+
+
+# The same without buffers: runs of one leg that touch each other become one.
+def _joined(runs: list[Run]) -> list[Run]:
+    joined: list[Run] = []
+    last: dict[int, int] = {}
+    for leg, place, length in runs:
+        index = last.get(leg)
+        if index is not None and joined[index][1] + joined[index][2] == place:
+            joined[index] = (leg, joined[index][1], joined[index][2] + length)
+        else:
+            last[leg] = len(joined)
+            joined.append((leg, place, length))
+    return joined
+
+
+def flush_all(devices) -> None:
+    """Flush each of several devices or legs, all of them, then raise the first error."""
+    first: OSError | None = None
+    for device in devices:
+        try:
+            device.flush()
+        except OSError as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+class Args:
+    """The words of a table line after the target's name, taken one by one.
+
+    Every method raises TableError with line, target and argument when the words do not fit.
+
+    Args:
+        words: the words.
+        open_device: gives the device that a word names, or raises OSError.
+        line: number of the line, from 1.
+        target: the target's name.
+    """
+
+    __slots__ = ("_open_device", "_place", "line", "target", "words")
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        open_device: Callable[[str], BlockDevice],
+        *,
+        line: int = 1,
+        target: str = "target",
+    ) -> None:
+        self.words = words
+        self.line = line
+        self.target = target
+        self._open_device = open_device
+        self._place = 0
+
+    @property
+    def remaining(self) -> int:
+        """How many words have not been taken."""
+        return len(self.words) - self._place
+
+    def fail(
+        self, reason: str, argument: str | None = None, number: int = errno.EINVAL
+    ) -> NoReturn:
+        """Refuse the line, with EINVAL or another errno."""
+        raise TableError(
+            reason, line=self.line, target=self.target, argument=argument, errno=number
+        )
+
+    def word(self, name: str) -> str:
+        """Take the next word, whatever it is."""
+        try:
+            word = self.words[self._place]
+        except IndexError:
+            self.fail(f"{name} is missing (got {len(self.words)} arguments)", name)
+        self._place += 1
+        return word
+
+    def integer(
+        self,
+        name: str,
+        minimum: int = 0,
+        maximum: int = (1 << 64) - 1,
+        multiple_of: int = 1,
+        *,
+        plus: bool = False,
+    ) -> int:
+        """Take a decimal number.
+
+        Args:
+            name: what the number is, for the sentence, with its unit where it has one.
+            minimum: the smallest that is right.
+            maximum: the largest that is right.
+            multiple_of: what it has to be a multiple of.
+            plus: whether a plus sign may stand before it, as kstrtouint() allows and
+                sscanf("%llu") does not.
+        """
+        word = self.word(name)
+        pattern = _DIGITS_PLUS if plus else _DIGITS
+        # Python refuses to read very long numbers; none of more than 20 digits can be right.
+        if pattern.fullmatch(word) is None or len(word) > 40:
+            self.fail(f"{name} must be a number (got {word[:40]})", name)
+        number = int(word)
+        if number < minimum:
+            self.fail(f"{name} must be at least {minimum} (got {number})", name)
+        if number > maximum:
+            self.fail(f"{name} must be at most {maximum} (got {number})", name)
+        if number % multiple_of:
+            self.fail(f"{name} must be a multiple of {multiple_of} (got {number})", name)
+        return number
+
+    def choice(self, name: str, options: Sequence[str]) -> str:
+        """Take one of some words."""
+        word = self.word(name)
+        if word not in options:
+            self.fail(f"{name} must be one of {', '.join(options)} (got {word})", name)
+        return word
+
+    def device(self, name: str = "device") -> BlockDevice:
+        """Take a device: path, device name, maj:min, URI or mem:SIZE."""
+        word = self.word(name)
+        try:
+            return self._open_device(word)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if word not in reason:
+                reason = f"{word}: {reason}"
+            number = errno.ENODEV if error.errno in _NO_DEVICE else error.errno
+            self.fail(f"{name} {reason}", name, number or errno.EIO)
+
+    def leg(self, length: int, name: str = "device") -> Leg:
+        """Take `<dev> <start>`, the start in sectors.
+
+        Args:
+            length: bytes that the target needs from there on.
+            name: what the device is, for the sentence.
+        """
+        device = self.device(name)
+        start_sectors = self.integer(f"start sector on {device.name}", 0, (1 << 55) - 1)
+        start = start_sectors << SECTOR_SHIFT
+        if start + length > device.size:
+            self.fail(
+                f"leg {device.name} has {device.size >> SECTOR_SHIFT} sectors, the line needs "
+                f"{-(-length >> SECTOR_SHIFT)} from sector {start_sectors}",
+                name,
+            )
+        block = device.block_size.minimum
+        if start % block or length % block:
+            self.fail(
+                f"leg {device.name} has blocks of {block} bytes, the line needs "
+                f"{length >> SECTOR_SHIFT} sectors from sector {start_sectors}",
+                name,
+            )
+        return Leg(device, start, length)
+
+    def end(self) -> None:
+        """Refuse words that are left over."""
+        if self.remaining:
+            self.fail(
+                f"{self.remaining} argument{'s' * (self.remaining > 1)} too many "
+                f"(got {' '.join(self.words[self._place :])[:80]})",
+                "arguments",
+            )
+
+
+def find_target(type_name: str) -> type[Target]:
+    """Return the target that a table means by a word.
+
+    Built-in targets are in `dmpy.targets.NAME`, where NAME is the word up to its first hyphen;
+    others come from the entry-point group `dmpy.targets`.
+
+    Raises:
+        TableError: there is no such target; the nearest names are in the sentence.
+    """
+    try:
+        return _found[type_name]
+    except KeyError:
+        pass
+    target = _built_in(type_name) or _third_party(type_name)
+    if target is None:
+        names = sorted(known.type_name for known in target_types())
+        near = difflib.get_close_matches(type_name, names, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}" if near else f"known are {', '.join(names)}"
+        raise TableError(f"unknown target type {type_name[:40]!r} ({hint})")
+    _found[type_name] = target
+    return target
+
+
+def target_types() -> list[type[Target]]:
+    """Return every target that a table can name, by name."""
+    package = importlib.import_module("dmpy.targets")
+    modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    found = {
+        target.type_name: target
+        for module in modules
+        for target in _targets_in(importlib.import_module(f"dmpy.targets.{module}"))
+    }
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        found.setdefault(point.name, _load(point))
+    return [found[name] for name in sorted(found)]
+
+
+# Word to target, for tables of many lines; never more than the targets that exist.
+_found: dict[str, type[Target]] = {}
+
+
+# The targets that a module defines.
+def _targets_in(module) -> list[type[Target]]:
+    return [
+        thing
+        for thing in vars(module).values()
+        if isinstance(thing, type)
+        and issubclass(thing, Target)
+        and thing.__module__ == module.__name__
+        and "type_name" in vars(thing)
+    ]
+
+
+# A target from dmpy/targets/, or None.
+def _built_in(type_name: str) -> type[Target] | None:
+    module_name = type_name.partition("-")[0]
+    if not module_name.isidentifier():
+        return None
+    try:
+        module = importlib.import_module(f"dmpy.targets.{module_name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"dmpy.targets.{module_name}":
+            raise
+        return None
+    for target in _targets_in(module):
+        if target.type_name == type_name:
+            return target
+    return None
+
+
+# A target of another package, or None.
+def _third_party(type_name: str) -> type[Target] | None:
+    for point in metadata.entry_points(group=ENTRY_POINTS, name=type_name):
+        return _load(point)
+    return None
+
+
+# The class behind an entry point, checked: what another package offers may be anything.
+def _load(point: metadata.EntryPoint) -> type[Target]:
+    target = point.load()
+    if not (isinstance(target, type) and issubclass(target, Target)):
+        raise TableError(f"entry point {point.name}: {point.value} is not a Target class")
+    if target.type_name != point.name:
+        raise TableError(
+            f"entry point {point.name}: {point.value} calls itself {target.type_name}"
+        )
+    return target

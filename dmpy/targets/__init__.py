@@ -1,0 +1,1 @@
+"""Target families, one file each; `dmpy.target.find_target()` finds them by their names."""
