@@ -4,7 +4,8 @@ One JSON file a device, `devices/MINOR.json`, so that a damaged file costs one d
 
     {"format": "dmpy device", "version": 1, "crc32": 305419896,
      "entry": {"minor": 0, "name": "r0", "uuid": "", "readonly": false, "suspended": false,
-               "live": "0 2048 linear /d/a.img 0\\n", "inactive": null}}
+               "live": "0 2048 linear /d/a.img 0\\n", "inactive": null,
+               "inactive_readonly": null}}
 
 `crc32` covers the entry as `_canonical` writes it. A change is (1) written to `MINOR.json.new`,
 (2) fsynced, (3) renamed over `MINOR.json`, (4) the folder is fsynced. A cut before (3) leaves the
@@ -40,6 +41,7 @@ _FIELDS = {
     "suspended": bool,
     "live": (str, type(None)),
     "inactive": (str, type(None)),
+    "inactive_readonly": (bool, type(None)),
 }
 
 
@@ -92,8 +94,8 @@ class Journal:
         """Make an entry durable in place of the older one of the same minor.
 
         Args:
-            entry: "minor", "name", "uuid", "readonly", "suspended", and the texts of the "live"
-                and the "inactive" table (None where there is none). Not kept.
+            entry: "minor", "name", "uuid", "readonly", "suspended", the texts of the "live" and
+                the "inactive" table and "inactive_readonly" (None without that table). Not kept.
 
         Raises:
             DeviceError: ENOSPC, EIO or another errno; the older entry is still in force, and the

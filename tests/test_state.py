@@ -24,6 +24,7 @@ def entry(minor: int = 0, name: str = "r0", **changes: object) -> dict:
         "suspended": False,
         "live": "0 8 zero \n",
         "inactive": None,
+        "inactive_readonly": None,
     } | changes
 
 
