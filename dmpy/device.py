@@ -16,6 +16,7 @@ __all__ = [
     "BlockDevice",
     "BlockSize",
     "Buffers",
+    "Cutter",
     "Extent",
     "merge_extents",
     "slices",
@@ -162,18 +163,38 @@ def slices(buffers: Buffers, begin: int, length: int) -> list[memoryview]:
     """
     if len(buffers) == 1:
         return [buffers[0][begin : begin + length]]
-    pieces = []
-    for buffer in buffers:
-        size = len(buffer)
-        if begin < size:
-            piece = buffer[begin : begin + length]
-            pieces.append(piece)
-            length -= len(piece)
-            if not length:
-                break
-            begin = size
-        begin -= size
-    return pieces
+    cutter = Cutter(buffers)
+    cutter.take(begin)
+    return cutter.take(length)
+
+
+class Cutter:
+    """Cuts a list of buffers into pieces, one behind the other, without copying.
+
+    Args:
+        buffers: views of bytes.
+    """
+
+    __slots__ = ("_buffers", "_index", "_within")
+
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = buffers
+        self._index = 0
+        self._within = 0
+
+    def take(self, length: int) -> list[memoryview]:
+        """Return the next `length` bytes as views; so many are left."""
+        pieces = []
+        while length:
+            piece = self._buffers[self._index][self._within : self._within + length]
+            if piece:
+                pieces.append(piece)
+                length -= len(piece)
+                self._within += len(piece)
+            else:
+                self._index += 1
+                self._within = 0
+        return pieces
 
 
 def zero_chunks(offset: int, length: int, maximum: int) -> Iterator[tuple[int, memoryview]]:

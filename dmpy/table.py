@@ -33,7 +33,7 @@ LARGEST_SECTORS = (1 << 63 >> SECTOR_SHIFT) - 1
 MOST_LINES = 1 << 20
 
 _NUMBER = re.compile(r"[0-9]{1,20}", re.ASCII)
-_WORD = re.compile(r"(?:\\[\s\S]|[^\\ \t\n\v\f\r])+")
+_WORD = re.compile(r"(?:\\[\s\S]|[^\\ \t\n\v\f\r]|\\\Z)+")
 _QUOTED = re.compile(r"\\([\s\S])")
 _TO_QUOTE = re.compile(r"([\\ \t\n\v\f\r])")
 
@@ -181,7 +181,7 @@ def _devices_of(lines: list[Line]) -> list[BlockDevice]:
 # The lines that count, with their numbers from 1.
 def _text_lines(text: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(text.split("\n"), 1):
-        line = line.strip(" \t\v\f\r")
+        line = line.lstrip(" \t\v\f\r")
         if line and not line.startswith("#"):
             yield number, line
 

@@ -18,7 +18,7 @@ from functools import reduce
 from importlib import metadata
 from typing import ClassVar, NoReturn
 
-from dmpy.device import BlockDevice, BlockSize, Buffers, Extent, slices, total
+from dmpy.device import BlockDevice, BlockSize, Buffers, Cutter, Extent, total
 from dmpy.errors import DeviceError, TableError
 from dmpy.plan import Lane, Segment
 from dmpy.units import SECTOR_SHIFT, SECTOR_SIZE, exact_div
@@ -57,6 +57,10 @@ class Op(IntEnum):
     EXTENTS = 4
 
 
+# The lane of legs that are not part of a plan: nothing is passed over, nobody waits for it.
+_NO_PLAN = Lane()
+
+
 class Leg:
     """A section of a lower device that a target uses; offsets are bytes from its start.
 
@@ -73,7 +77,7 @@ class Leg:
         self.device = device
         self.start = start
         self.length = length
-        self.segment = Segment(0, length, device, start, Lane())
+        self.segment = Segment(0, length, device, start, _NO_PLAN)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Leg):
@@ -313,10 +317,9 @@ def _by_leg(runs: list[Run], buffers: Buffers) -> list[tuple[int, int, Buffers]]
         return [(leg, place, buffers)]
     stretches: list[tuple[int, int, list[memoryview]]] = []
     last: dict[int, tuple[int, list[memoryview]]] = {}
-    done = 0
+    cut = Cutter(buffers)
     for leg, place, length in runs:
-        views = slices(buffers, done, length)
-        done += length
+        views = cut.take(length)
         end, gathered = last.get(leg, (-1, views))
         if end == place:
             gathered += views
@@ -479,6 +482,21 @@ class Args:
                 name,
             )
         return Leg(device, start, length)
+
+    def check_chunk(self, chunk_size: int, block: int) -> None:
+        """Refuse chunks that would cut the blocks of a leg; both are bytes."""
+        if chunk_size % block:
+            self.fail(
+                f"chunk size must be a multiple of the legs' blocks of {block} bytes "
+                f"(got {chunk_size >> SECTOR_SHIFT} sectors)",
+                "chunk size in sectors",
+            )
+
+    def rest(self) -> list[str]:
+        """Take all words that are left."""
+        words = list(self.words[self._place :])
+        self._place = len(self.words)
+        return words
 
     def end(self) -> None:
         """Refuse words that are left over."""

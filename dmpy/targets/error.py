@@ -1,19 +1,19 @@
 """error: every request fails with EIO.
 
-Table: begin len error [device start_sector]
+Table: begin len error
 
-Source: Linux v6.12 drivers/md/dm-target.c, io_err_ctr(), io_err_map().
+Source: Linux v6.1 drivers/md/dm-target.c, io_err_ctr(), io_err_map().
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NoReturn
 
 from dmpy.device import Buffers, Extent
 from dmpy.errors import DeviceError
-from dmpy.target import Args, Leg, Target
+from dmpy.target import Args, Target
 
 __all__ = ["Error"]
 
@@ -23,30 +23,20 @@ class Error(Target):
 
     Args:
         length: bytes.
-        legs: none, or one that is held and never used.
     """
 
     type_name = "error"
-    version = (1, 7, 0)
-
-    def __init__(self, length: int, legs: Sequence[Leg] = ()) -> None:
-        super().__init__(length, legs)
+    version = (1, 5, 0)
 
     @classmethod
     def parse(cls, args: Args, length: int) -> Error:
-        """Read no arguments, or a device and its start sector, as Linux does from v6.7 on."""
-        if not args.remaining:
-            return cls(length)
-        if args.remaining != 2:
-            args.fail(
-                f"no arguments, or a device and a start sector (got {args.remaining})",
-                "arguments",
-            )
-        return cls(length, [args.leg(length)])
+        """Take any arguments and forget them, as the kernel does."""
+        args.rest()
+        return cls(length)
 
     def table(self) -> str:
-        """Return nothing, or the device and its start sector."""
-        return self.legs[0].table() if self.legs else ""
+        """Return nothing."""
+        return ""
 
     # Refuse a request.
     def _fail(self, offset: int) -> NoReturn:

@@ -62,8 +62,10 @@ class Striped(MapTarget):
                 f"(got {args.remaining})",
                 "legs",
             )
-        leg_length = leg_sectors << SECTOR_SHIFT
-        return cls(chunk_size_sectors << SECTOR_SHIFT, [args.leg(leg_length) for _ in range(count)])
+        legs = [args.leg(leg_sectors << SECTOR_SHIFT) for _ in range(count)]
+        striped = cls(chunk_size_sectors << SECTOR_SHIFT, legs)
+        args.check_chunk(striped.chunk_size, striped.block_size.minimum)
+        return striped
 
     def table(self) -> str:
         """Return `legs chunk_size_sectors [device start_sector]...`."""
@@ -78,12 +80,15 @@ class Striped(MapTarget):
         return f"{len(self.legs)} {devices} 1 {health}"
 
     def leg_error(self, leg: int, error: OSError) -> None:
-        """Count the error; the first few on a leg are events, as in the kernel."""
+        """Count the error for every leg on that device; the first few are events."""
         if error.errno == errno.EOPNOTSUPP:
             return
-        self.errors[leg] += 1
-        if self.errors[leg] < _ERRORS_THAT_ARE_EVENTS:
-            self.event()
+        device = self.legs[leg].device
+        for other, candidate in enumerate(self.legs):
+            if candidate.device is device:
+                self.errors[other] += 1
+                if self.errors[other] < _ERRORS_THAT_ARE_EVENTS:
+                    self.event()
 
     def map(self, op: Op, offset: int, length: int) -> list[Run]:
         """Return a run for each chunk, or the whole piece at once where there is one leg."""

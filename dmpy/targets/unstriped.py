@@ -61,7 +61,9 @@ class Unstriped(MapTarget):
         chunk_size = chunk_size_sectors << SECTOR_SHIFT
         last_chunk = (exact_div(length, chunk_size) - 1) * stripes + stripe
         leg = args.leg((last_chunk + 1) * chunk_size)
-        return cls(length, stripes, chunk_size, stripe, leg)
+        unstriped = cls(length, stripes, chunk_size, stripe, leg)
+        args.check_chunk(chunk_size, unstriped.block_size.minimum)
+        return unstriped
 
     def table(self) -> str:
         """Return `stripes chunk_size_sectors stripe device start_sector`."""
