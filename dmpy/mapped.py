@@ -34,11 +34,11 @@ class Stats:
     """What a device has done since it was created.
 
     Attributes:
-        reads: requests that succeeded; also writes, flushes, discards, zeroes.
-        read_bytes: bytes of them; also write_bytes.
-        errors: requests of any kind that failed.
         read_histogram: how many reads took a number of nanoseconds that has as many bits as the
             index says, waiting for a suspended device included; also write_histogram.
+        read_bytes: bytes of them; also write_bytes.
+        flushes: flushes that succeeded; also discards and zeroes.
+        errors: requests of any kind that failed.
     """
 
     __slots__ = (
@@ -48,10 +48,8 @@ class Stats:
         "flushes",
         "read_bytes",
         "read_histogram",
-        "reads",
         "write_bytes",
         "write_histogram",
-        "writes",
         "zeroes",
     )
 
@@ -59,10 +57,20 @@ class Stats:
         self._device = device
         # Threads add to these without a lock: CPython switches threads at calls and jumps, and
         # there is none between reading such a number and storing it.
-        self.reads = self.writes = self.flushes = self.discards = self.zeroes = 0
         self.read_bytes = self.write_bytes = self.errors = 0
+        self.flushes = self.discards = self.zeroes = 0
         self.read_histogram = [0] * _BUCKETS
         self.write_histogram = [0] * _BUCKETS
+
+    @property
+    def reads(self) -> int:
+        """Reads that succeeded."""
+        return sum(self.read_histogram)
+
+    @property
+    def writes(self) -> int:
+        """Writes that succeeded."""
+        return sum(self.write_histogram)
 
     @property
     def in_flight(self) -> int:
@@ -71,10 +79,19 @@ class Stats:
 
     def snapshot(self) -> dict[str, int | list[int]]:
         """Return all of it, by name."""
-        figures = {name: getattr(self, name) for name in self.__slots__ if name[0] != "_"}
-        for name in ("read_histogram", "write_histogram"):
-            figures[name] = list(figures[name])
-        return figures | {"in_flight": self.in_flight}
+        return {
+            "reads": self.reads,
+            "writes": self.writes,
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "flushes": self.flushes,
+            "discards": self.discards,
+            "zeroes": self.zeroes,
+            "errors": self.errors,
+            "in_flight": self.in_flight,
+            "read_histogram": list(self.read_histogram),
+            "write_histogram": list(self.write_histogram),
+        }
 
 
 class MappedDevice(BlockDevice):
@@ -145,7 +162,7 @@ class MappedDevice(BlockDevice):
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
         begun = perf_counter_ns()
-        length = total(buffers)
+        length = len(buffers[0]) if len(buffers) == 1 else total(buffers)
         # The request path. Every line of it costs all devices; see plan.py for what it does.
         while True:
             plan = self._plan
@@ -174,13 +191,12 @@ class MappedDevice(BlockDevice):
                 ),
             )
         stats = self.stats
-        stats.reads += 1
         stats.read_bytes += length
         stats.read_histogram[(perf_counter_ns() - begun).bit_length()] += 1
 
     def pwritev(self, buffers: Buffers, offset: int, *, fua: bool = False) -> None:
         begun = perf_counter_ns()
-        length = total(buffers)
+        length = len(buffers[0]) if len(buffers) == 1 else total(buffers)
         # The request path, as above.
         while True:
             plan = self._plan
@@ -211,7 +227,6 @@ class MappedDevice(BlockDevice):
                 ),
             )
         stats = self.stats
-        stats.writes += 1
         stats.write_bytes += length
         stats.write_histogram[(perf_counter_ns() - begun).bit_length()] += 1
 

@@ -28,6 +28,8 @@ _log = logging.getLogger("dmpy")
 _LONGEST_NAME = 127
 _LONGEST_UUID = 128
 _MINORS = 1 << 20
+# A request may have to go through three calls a device.
+_DEEPEST = 100
 
 _NUMBERS = re.compile(r"([0-9]{1,9}):([0-9]{1,9})", re.ASCII)
 
@@ -87,6 +89,9 @@ class Mapper:
         self._leaves = leaves or Leaves()
         self._devices: dict[str, MappedDevice] = {}
         self._topology = threading.RLock()
+        # What is noted last must be how things are: held from looking at a device to having noted
+        # it. Taken before `_topology`, after the locks of devices.
+        self._journal_lock = threading.Lock()
         self._closed = False
 
     def __enter__(self) -> Mapper:
@@ -221,7 +226,7 @@ class Mapper:
         """Put the inactive table to use if there is one, and let requests go on."""
         device = self.device(name)
         device.resume()
-        self._forget_failure(device)
+        self._forget_failure(device.minor)
         self._record(device)
         self._tell("resumed", device)
         return device
@@ -283,6 +288,8 @@ class Mapper:
         Raises:
             OSError: EBUSY when it is in use, ENXIO when there is none.
         """
+        if self._remove_damaged(name):
+            return
         device = self.device(name)
         if force and device.live is not None:
             sectors = device.live.size >> 9
@@ -297,6 +304,16 @@ class Mapper:
                 return
             self._refuse_requests(device)
         self._remove(device)
+
+    # Remove an entry of the journal of which not even a device could be made.
+    def _remove_damaged(self, name: str) -> bool:
+        with self._topology:
+            for entry in self.failed:
+                if entry.name == name and name not in self._devices:
+                    self._forget(entry.minor)
+                    self._forget_failure(entry.minor)
+                    return True
+        return False
 
     # Deferred removal, when the last one has closed the device.
     def _last_close(self, device: MappedDevice) -> None:
@@ -314,9 +331,8 @@ class Mapper:
     # Take down a device that is out of the registry.
     def _remove(self, device: MappedDevice) -> None:
         self._shut_and_close(device)
-        self._forget_failure(device)
-        if self._journal is not None:
-            self._journal.forget(device.minor)
+        self._forget_failure(device.minor)
+        self._forget(device.minor)
         self._tell("removed", device)
 
     # Undo create().
@@ -422,6 +438,7 @@ class Mapper:
                 if below in opened:
                     return below
                 _refuse_loop(device, below)
+                _refuse_depth(device, below)
                 if below.readonly and not readonly:
                     raise DeviceError(errno.EACCES, f"{word}: device {below.name} is read-only")
                 below.holders[device] += 1
@@ -464,20 +481,30 @@ class Mapper:
 
     # Note a device as it is now.
     def _record(self, device: MappedDevice) -> None:
-        if self._journal is None or device.removed:
+        if self._journal is None:
             return
-        with self._topology:
-            entry = {
-                "minor": device.minor,
-                "name": device.name,
-                "uuid": device.uuid,
-                "readonly": device.readonly,
-                "suspended": device.suspended,
-                "live": device.live.text() if device.live else None,
-                "inactive": device.inactive.text() if device.inactive else None,
-                "inactive_readonly": device.inactive.readonly if device.inactive else None,
-            }
-        self._journal.record(entry)
+        with self._journal_lock:
+            with self._topology:
+                if device.removed:
+                    return
+                live, inactive = device.live, device.inactive
+                entry = {
+                    "minor": device.minor,
+                    "name": device.name,
+                    "uuid": device.uuid,
+                    "readonly": device.readonly,
+                    "suspended": device.suspended,
+                    "live": live.text() if live else None,
+                    "inactive": inactive.text() if inactive else None,
+                    "inactive_readonly": inactive.readonly if inactive else None,
+                }
+            self._journal.record(entry)
+
+    # Drop a device from the journal.
+    def _forget(self, minor: int) -> None:
+        if self._journal is not None:
+            with self._journal_lock:
+                self._journal.forget(minor)
 
     def restore(self) -> None:
         """Rebuild the devices of the journal; what cannot be rebuilt is in `failed` afterwards."""
@@ -498,6 +525,7 @@ class Mapper:
             device.on_last_close = self._last_close
             self._devices[device.name] = device
             waiting.append((device, entry))
+        suspended_devices = [(device, entry["suspended"]) for device, entry in waiting]
         reasons: dict[int, str] = {}
         # Devices lie on devices: try those that are left until a round brings nothing up.
         before = None
@@ -510,6 +538,10 @@ class Mapper:
             ]
         for _, entry in waiting:
             self._fail(entry, reasons[entry["minor"]])
+        # At the end, since a device that is being rebuilt may have to read those below it.
+        for device, suspended in suspended_devices:
+            if suspended and device.live is not None:
+                device.suspend()
 
     # Bring one device to where it was; says whether that worked.
     def _rebuild(self, device: MappedDevice, entry: dict, reasons: dict[int, str]) -> bool:
@@ -520,8 +552,6 @@ class Mapper:
             if entry["inactive"] is not None:
                 readonly = entry["inactive_readonly"]
                 device.load(self._parse(device, entry["inactive"], readonly, "/"))
-            if entry["suspended"]:
-                device.suspend()
         except (TableError, OSError) as error:
             reasons[device.minor] = str(error)
             return False
@@ -534,8 +564,8 @@ class Mapper:
         self.failed.append(FailedEntry(name, entry["uuid"], entry["minor"], reason))
 
     # A device that has been made to work, or removed, has not failed.
-    def _forget_failure(self, device: MappedDevice) -> None:
-        self.failed = [entry for entry in self.failed if entry.minor != device.minor]
+    def _forget_failure(self, minor: int) -> None:
+        self.failed = [entry for entry in self.failed if entry.minor != minor]
 
     # Tell everybody what happened.
     def _tell(self, event: str, device: MappedDevice) -> None:
@@ -587,6 +617,37 @@ def _path(
                 if rest is not None:
                     return [start, *rest]
     return None
+
+
+# Refuse a stack deeper than a thread's call stack can follow, under the lock.
+def _refuse_depth(device: MappedDevice, below: MappedDevice) -> None:
+    depth = _height(device, {}) + _depth(below, {})
+    if depth > _DEEPEST:
+        raise DeviceError(
+            errno.ELOOP, f"{below.name}: stack of {depth} devices (at most {_DEEPEST})"
+        )
+
+
+# How many devices lie on the longest way down, this one included.
+def _depth(device: MappedDevice, known: dict[MappedDevice, int]) -> int:
+    if device not in known:
+        tables = [table for table in (device.live, device.inactive) if table is not None]
+        lower = [
+            _depth(below, known)
+            for table in tables
+            for below in table.devices
+            if isinstance(below, MappedDevice)
+        ]
+        known[device] = 1 + max(lower, default=0)
+    return known[device]
+
+
+# How many devices lie on the longest way up, this one included.
+def _height(device: MappedDevice, known: dict[MappedDevice, int]) -> int:
+    if device not in known:
+        above = [_height(holder, known) for holder in device.holders]
+        known[device] = 1 + max(above, default=0)
+    return known[device]
 
 
 # Who uses a device, for the sentence that refuses to remove it.
