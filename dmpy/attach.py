@@ -262,7 +262,8 @@ def _attach_loop(record: dict, folder: Path, source: _Source) -> None:
                       f"missing; `dmpy attach --file {record['name']}` needs neither")
     _attach_file(record, folder, source)
     command = [program, "--find", "--show", "--direct-io=off"]
-    command += ["--sector-size", str(min(source.block_size, 4096))] if source.block_size > 512 else []
+    if source.block_size > 512:
+        command += ["--sector-size", str(min(source.block_size, 4096))]
     command += ["--read-only"] if record["readonly"] else []
     done = _run([*command, record["file"]])
     if done.returncode:

@@ -124,7 +124,7 @@ def block_name(major: int, minor: int, name: str = "") -> str:
     """Return the kernel's name of a block device (`dm-0`, `loop3`), or `name` where it has none.
 
     Args:
-        major, minor: the device number; major 0 stands for a leg that is no block device.
+        major, minor: the device number.
         name: what to fall back to.
     """
     if major == DM_MAJOR:
@@ -161,8 +161,8 @@ def deps_line(entry: Mapping[str, Any], *, multiple: bool = False, names: str = 
             words.append(f" ({name})")
         elif names == "blkdevname":
             words.append(f" ({block_name(major, minor, name)})")
-        elif names == "devname" and name:
-            words.append(f" ({name})")
+        elif names == "devname":
+            words.append(f" ({name if major == DM_MAJOR else block_name(major, minor, name)})")
         else:
             words.append(f" ({major}, {minor})")
     return f"{prefix}{len(entry['deps'])} dependencies\t:{''.join(words)}"
@@ -517,7 +517,7 @@ _VT100 = _Symbols("  ", "\x0etq\x0f", "\x0ex\x0f ", "\x0emq\x0f", "\x0eqqq\x0f",
 
 # A node of the tree: a mapped device (with info) or something that it stands on (without).
 class _Node:
-    def __init__(self, name: str, number: tuple[int, int], info: Info | None) -> None:
+    def __init__(self, name: str, number: tuple, info: Info | None) -> None:
         self.name = name
         self.number = number
         self.info = info
@@ -636,7 +636,7 @@ def _nodes(infos: Sequence[Info], deps: Deps) -> list[_Node]:
     by_name = {info["name"]: info for info in infos}
     nodes: dict[tuple, _Node] = {}
 
-    def add(name: str, number: tuple[int, int]) -> _Node:
+    def add(name: str, number: tuple) -> _Node:
         info = by_name.get(name) if number[0] == DM_MAJOR else None
         # A block device that is not ours has a number and no name, as in dmsetup.
         shown = name if info is not None or not number[0] else ""

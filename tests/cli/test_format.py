@@ -199,7 +199,7 @@ def test_deps_lines():
 
 
 def test_a_file_below_is_shown_by_its_path():
-    entry = {"name": "f", "deps": [_dep(0, 0, "/srv/a.img")]}
+    entry = {"name": "f", "deps": [_dep(None, None, "/srv/a.img")]}
     assert fmt.deps_line(entry) == "1 dependencies\t: (/srv/a.img)"
     assert fmt.Tree().text([_info("f", 0)], {"f": entry["deps"]}) == "f (253:0)\n `-/srv/a.img"
 
