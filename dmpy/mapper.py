@@ -414,8 +414,7 @@ class Mapper:
         opened: list[BlockDevice] = []
 
         def open_device(word: str) -> BlockDevice:
-            below = self._open(device, word, readonly, cwd or os.getcwd(), opened)
-            return below
+            return self._open(device, word, readonly, cwd or os.getcwd(), opened)
 
         try:
             return Table.parse(text, open_device, readonly=readonly)
@@ -434,6 +433,9 @@ class Mapper:
     ) -> BlockDevice:
         with self._topology:
             below = self._named(word)
+            if below is device and "/" not in word and os.path.exists(os.path.join(cwd, word)):
+                # A device may be called like the file that it is made of.
+                below = None
             if below is not None:
                 if below in opened:
                     return below
