@@ -2,10 +2,10 @@
 
 Some AMD processors copy five to seven times slower when the destination lies 1 to 15 (Zen 4) or
 1 to 31 (Zen 3) bytes above the source modulo 4096: `rep movsb`, which the kernel uses to hand out
-the page cache, falls to about 3 (1.4) GB/s. nbdkit's buffers of 128 KiB and more begin 16 bytes
-into a page, so on Zen 3 every big read meets it. There a read into scratch at page + 64 and one
-more copy is four times faster than the direct read; everywhere else it is a third slower. So the
-processor is asked once, by a measurement of less than a millisecond, at the first big read.
+the page cache, falls to about 3 (1.4) GB/s. The buffers of big NBD requests come from malloc and begin
+16 bytes into a page, so on Zen 3 every one of them meets it. There a read into scratch at page + 64
+and one more copy is four times faster than the direct read; everywhere else it is a third slower.
+So the processor is asked once, by a measurement of less than a millisecond, at the first big read.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _SMALLEST_CLASS = 64 << 10
 _LARGEST_CLASS = 4 << 20
 _KEPT = 8
 
-# Free scratch by class. Deques, because append and pop are atomic and nbdkit's threads lose
-# everything thread-local between two calls.
+# Free scratch by class. Deques, because append and pop are atomic; nothing thread-local, because
+# the threads of an NBD server may lose that between two calls.
 _free: dict[int, deque[memoryview]] = {}
 
 # Destinations of 1 .. width - 1 bytes above the source copy slowly; None: not measured yet.
