@@ -2,10 +2,11 @@
 
 Some AMD processors copy five to seven times slower when the destination lies 1 to 15 (Zen 4) or
 1 to 31 (Zen 3) bytes above the source modulo 4096: `rep movsb`, which the kernel uses to hand out
-the page cache, falls to about 3 (1.4) GB/s. The buffers of big NBD requests come from malloc and begin
-16 bytes into a page, so on Zen 3 every one of them meets it. There a read into scratch at page + 64
-and one more copy is four times faster than the direct read; everywhere else it is a third slower.
-So the processor is asked once, by a measurement of less than a millisecond, at the first big read.
+the page cache, falls to about 3 (1.4) GB/s. The buffers of big NBD requests come from malloc and
+begin 16 bytes into a page, so on Zen 3 every one of them meets it. There a read into scratch at
+page + 64 and one more copy is four times faster than the direct read; everywhere else it is a
+third slower. So the processor is asked once, by a measurement of less than a millisecond, at the
+first big read.
 """
 
 from __future__ import annotations
