@@ -64,7 +64,8 @@ def kernel_module(name: str) -> None:
 def module(name: str, *, package: str | None = None) -> None:
     """Require a Python module that can be imported."""
     if importlib.util.find_spec(name) is None:
-        missing(f"the Python module {name} is missing" + (f" (package {package})" if package else ""))
+        hint = f" (package {package})" if package else ""
+        missing(f"the Python module {name} is missing{hint}")
 
 
 def path(name: str, *, why: str = "") -> str:

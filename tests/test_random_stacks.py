@@ -1,0 +1,151 @@
+"""Random stacks of tables: flattened = stacked = an oracle that maps one sector at a time."""
+
+import random
+
+import numpy as np
+import pytest
+
+from dmpy.device import DATA
+from dmpy.mapper import Mapper
+from dmpy.testing.conformance import check_extents
+from dmpy.testing.pattern import expect_equal, pattern
+from dmpy.testing.stacks import RandomStack
+
+SEEDS = range(80)
+NIGHTLY_SEEDS = range(1000, 6000)
+SECTOR = 512
+
+
+def stacked_read(device):
+    """Read a device through the targets of its table, not through its plan."""
+    data = bytearray(device.size)
+    for line in device.live.lines:
+        view = memoryview(data)[line.begin * SECTOR : (line.begin + line.len) * SECTOR]
+        line.target.preadv([view], 0)
+    return data
+
+
+def check(stack, mapper):
+    """All that must hold of a stack; the seed is in every message."""
+    rng = random.Random(repr(stack))
+    where = repr(stack)
+    top = stack.create(mapper)
+    leaves = stack.leaf_pattern()
+    expected = stack.expected(leaves)
+    assert top.size == len(expected), where
+
+    flattened = bytearray(top.size)
+    top.preadv([memoryview(flattened)], 0)
+    expect_equal(memoryview(flattened), expected, 0, f"{where}: flattened")
+    expect_equal(memoryview(stacked_read(top)), expected, 0, f"{where}: stacked")
+    extents = list(top.extents(0, top.size))
+    check_extents(extents, 0, top.size)
+    for extent in extents:
+        if extent.kind != DATA:
+            assert not expected[extent.offset : extent.offset + extent.length].any(), where
+    if stack.alias:
+        return
+
+    model = expected.copy()
+    holes = np.repeat([stack.locate(s) is None for s in range(stack.sectors)], SECTOR)
+    for step in range(60):
+        offset = rng.randrange(top.size)
+        length = min(rng.choice((1, 511, 512, 4096, 100_000)), top.size - offset)
+        window = slice(offset, offset + length)
+        op = rng.choice(("read", "write", "write", "zero", "flush"))
+        if op == "read":
+            half = rng.randint(0, length)
+            data = bytearray(length)
+            views = [memoryview(data)[:half], memoryview(data)[half:]]
+            top.preadv([view for view in views if len(view)], offset)
+            expect_equal(memoryview(data), model[window], offset, f"{where}: step {step}")
+        elif op == "write":
+            model[window] = pattern(offset, length, 100 + step)
+            top.pwritev([memoryview(model[window])], offset, fua=rng.random() < 0.1)
+        elif op == "zero":
+            model[window] = 0
+            top.write_zeroes(offset, length)
+        else:
+            top.flush()
+        model[holes] = 0
+    after = stack.leaf_content(mapper)
+    for number, content in enumerate(stack.expected_leaves(leaves, model)):
+        expect_equal(memoryview(after[number]), content, 0, f"{where}: leaf {number}")
+    expect_equal(memoryview(stacked_read(top)), model, 0, f"{where}: stacked, at the end")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_stack_on_memory_does_as_the_oracle_says(seed):
+    with Mapper() as mapper:
+        check(RandomStack(seed), mapper)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:10])
+def test_a_stack_on_files_does_as_the_oracle_says(seed, tmp_path):
+    with Mapper() as mapper:
+        check(RandomStack(seed, folder=tmp_path), mapper)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:10])
+def test_a_stack_whose_lines_overlap_reads_as_the_oracle_says(seed):
+    with Mapper() as mapper:
+        check(RandomStack(seed, alias=True), mapper)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:5])
+def test_a_stack_of_linear_devices_only_is_flattened_to_the_leaves(seed, tmp_path):
+    with Mapper() as mapper:
+        stack = RandomStack(seed, folder=tmp_path, targets=("linear",))
+        check(stack, mapper)
+        top = mapper.device(stack.top)
+        segments = top.plan_to_pass.segments[:-1]
+        lower = {id(device) for device in mapper.devices()}
+        assert not any(id(segment.device) in lower for segment in segments)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:10])
+def test_suspending_and_resuming_any_device_changes_nothing(seed):
+    with Mapper() as mapper:
+        stack = RandomStack(seed)
+        top = stack.create(mapper)
+        expected = stack.expected(stack.leaf_pattern())
+        for name in stack.devices:
+            mapper.suspend(name)
+            mapper.resume(name)
+            data = bytearray(top.size)
+            top.preadv([memoryview(data)], 0)
+            expect_equal(memoryview(data), expected, 0, f"{stack!r}: after {name}")
+
+
+@pytest.mark.parametrize("seed", SEEDS[:10])
+def test_loading_the_tables_once_more_changes_nothing(seed):
+    with Mapper() as mapper:
+        stack = RandomStack(seed)
+        top = stack.create(mapper)
+        expected = stack.expected(stack.leaf_pattern())
+        for name in stack.devices:
+            mapper.load(name, mapper.device(name).table_text())
+            mapper.resume(name)
+        data = bytearray(top.size)
+        top.preadv([memoryview(data)], 0)
+        expect_equal(memoryview(data), expected, 0, repr(stack))
+
+
+@pytest.mark.parametrize("seed", SEEDS[:10])
+def test_a_stack_can_be_taken_down_from_the_top(seed):
+    with Mapper() as mapper:
+        stack = RandomStack(seed)
+        stack.create(mapper)
+        stack.remove(mapper)
+        assert mapper.devices() == []
+
+
+@pytest.mark.nightly
+def test_thousands_of_stacks_do_as_the_oracle_says(tmp_path):
+    for seed in NIGHTLY_SEEDS:
+        print(f"seed {seed}")
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        for where in (None, folder):
+            with Mapper() as mapper:
+                check(RandomStack(seed, folder=where), mapper)
