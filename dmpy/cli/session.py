@@ -102,6 +102,8 @@ class Session:
                 from dmpy import launch
 
                 self._client = launch.start_server(self.runtime, self.state)
+            except NotADirectoryError as error:
+                raise OSError(error.errno, f"runtime folder {self.runtime} is no folder") from None
         return self._client
 
     def close(self) -> None:
