@@ -14,7 +14,6 @@ import errno
 import logging
 import os
 import threading
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -265,8 +264,9 @@ class Attachments:
     def _export_uri(self, minor: int) -> str | None:
         if self._uri is None:
             return None
-        parts = urllib.parse.urlsplit(self._uri)
-        return parts._replace(path=f"/{EXPORT_PREFIX}{minor}").geturl()
+        server, slash, query = self._uri.partition("/?")
+        assert slash, f"{self._uri} is not the URI of a server"
+        return f"{server}/{EXPORT_PREFIX}{minor}?{query}"
 
     def _detach(self, minor: int) -> None:
         found = self._attached[minor]

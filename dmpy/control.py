@@ -274,9 +274,9 @@ _REFERENCE_HEAD = f"""\
 
 `RUNTIME/control.sock` speaks JSON-RPC 2.0: one request a line, one reply a line, each at most
 {MAX_REQUEST >> 20} MiB. The socket takes its owner and root. `dmpy.client.Client` is a client; so
-is `socat - UNIX-CONNECT:RUNTIME/control.sock`. Parameters go by name, or by position: the selector's
-three, where there is one, then those of the table. Batches and notifications are as JSON-RPC has
-them.
+is `socat - UNIX-CONNECT:RUNTIME/control.sock`. Parameters go by name, or by position: the three of
+the selector, where there is one, then those of the table. Batches and notifications are as JSON-RPC
+has them.
 
 A *selector* is exactly one of `name`, `uuid` and `minor`.
 
@@ -626,7 +626,7 @@ class ControlServer:
             mapper, runtime, uri=self._info.get("uri"), devdir=self._info.get("devdir")
         )
         self._listener: socket.socket | None = None
-        # Protects _connections; told of every connection that ends. Nothing is taken under it.
+        # Protects _connections, told of each that ends; held for a moment, nothing is taken under it.
         self._changed = threading.Condition()
         self._connections: set[_Connection] = set()
         self._threads: list[threading.Thread] = []
@@ -714,14 +714,15 @@ class ControlServer:
             sock.close()
             return
         connection = _Connection(self, sock)
-        with self._changed:
-            self._connections.add(connection)
-        try:
-            connection.thread.start()
-        except RuntimeError as error:  # no more threads
-            _log.error("control socket: %s", error)
-            self._drop(connection)
-            sock.close()
+        with self._changed:  # so that stop() finds no thread that has not begun
+            try:
+                if not self._stopping.is_set():
+                    connection.thread.start()
+                    self._connections.add(connection)
+                    return
+            except RuntimeError as error:  # no more threads
+                _log.error("control socket: %s", error)
+        sock.close()
 
     # Wait until one more connection may be served; say whether it may.
     def _make_room(self) -> bool:

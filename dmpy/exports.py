@@ -12,6 +12,7 @@ from dmpy.backing import open_leaf
 from dmpy.control import ControlServer
 from dmpy.device import BlockDevice
 from dmpy.errors import DeviceError
+from dmpy.launch import clean_runtime
 from dmpy.mapper import Mapper
 from dmpy.metrics import MetricsServer, parse_address
 from dmpy.nbd import Plugin, Refusal, nbdkit_version
@@ -199,7 +200,8 @@ class ServerPlugin(Plugin):
 
     Arguments: runtime=FOLDER (control.sock appears there), state=FOLDER (the journal), and as
     wanted devdir=FOLDER (each device is attached and linked there), metrics=ADDRESS (Prometheus'
-    text over HTTP, HOST:PORT or unix:PATH), loglevel=LEVEL.
+    text over HTTP, HOST:PORT or unix:PATH), uri=URI (where clients find the exports, if that is more
+    than the socket: TLS), loglevel=LEVEL.
     """
 
     def __init__(self) -> None:
@@ -214,11 +216,12 @@ class ServerPlugin(Plugin):
         if key in ("runtime", "state", "devdir"):
             # nbdkit leaves the folder that it was started in.
             self._values[key] = os.path.abspath(value)
-        elif key == "metrics":
-            parse_address(value)
+        elif key in ("metrics", "uri"):
+            if key == "metrics":
+                parse_address(value)
             self._values[key] = value
         else:
-            known = "devdir, loglevel, metrics, runtime, state"
+            known = "devdir, loglevel, metrics, runtime, state, uri"
             raise Refusal(f"{key}: unknown argument (known are {known})")
 
     def prepare(self) -> None:
@@ -227,7 +230,9 @@ class ServerPlugin(Plugin):
             if key not in self._values:
                 raise Refusal(f"{key}: missing (expected {key}=FOLDER)")
         self._journal = Journal(self._values["state"])
-        folders = ["/dev/mapper", *(self._values[key] for key in ("devdir",) if key in self._values)]
+        folders = ["/dev/mapper"]
+        if "devdir" in self._values:
+            folders.append(self._values["devdir"])
         self._mapper = Mapper(journal=self._journal, device_dirs=folders)
         self._mapper.restore()
         self.registry = MapperRegistry(self._mapper)
@@ -238,7 +243,7 @@ class ServerPlugin(Plugin):
         runtime = self._values["runtime"]
         nbd_socket = quote(self.socket or os.path.join(runtime, "nbd.sock"))
         info = {
-            "uri": f"nbd+unix:///?socket={nbd_socket}",
+            "uri": self._values.get("uri", f"nbd+unix:///?socket={nbd_socket}"),
             "runtime": runtime,
             "state": self._values["state"],
             "devdir": self._values.get("devdir"),
@@ -274,3 +279,6 @@ class ServerPlugin(Plugin):
         finally:
             if self._journal is not None:
                 self._journal.close()
+            # What is left there tells that a server died.
+            if self._control is not None:
+                clean_runtime(self._values["runtime"])

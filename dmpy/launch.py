@@ -612,8 +612,8 @@ def _running(runtime: str, patience: float) -> Client | None:
     deadline = time.monotonic() + patience
     while True:
         try:
-            client = Client(control_socket(runtime), timeout=patience)
-            client.call("version")
+            with Client(control_socket(runtime), timeout=patience) as client:
+                client.call("version")
             return connect(runtime)
         except ServerGone as gone:
             if gone.died or gone.pid is None:
