@@ -48,6 +48,7 @@ mount -t hostfs -o {modules}/$(uname -r) none /run/m/lib/modules/$(uname -r)
 ip link set lo up
 for m in {names}; do modprobe -d /run/m $m || echo "module $m: not loaded" >&2; done
 cd /run/w
+dmesg -C
 timeout -k 2 {seconds} sh /run/w/script >/run/w/output 2>&1 </dev/null
 echo $? >/run/w/exit
 dmesg >/run/w/dmesg
@@ -65,7 +66,7 @@ class Result:
     Attributes:
         status: its exit status; 124 when it ran out of time.
         output: what it wrote to standard output and standard error, in order.
-        dmesg: the kernel's log.
+        dmesg: the kernel's log since the script began.
         folder: the folder that was writable in the guest.
         seconds: from start to power-off.
     """
