@@ -626,7 +626,7 @@ class ControlServer:
             mapper, runtime, uri=self._info.get("uri"), devdir=self._info.get("devdir")
         )
         self._listener: socket.socket | None = None
-        # Protects _connections, told of each that ends; held for a moment, nothing is taken under it.
+        # Protects _connections, told of each that ends; held for a moment, takes nothing.
         self._changed = threading.Condition()
         self._connections: set[_Connection] = set()
         self._threads: list[threading.Thread] = []

@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import re
+import threading
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -48,7 +49,7 @@ _FIELDS = {
 class Journal:
     """The entries of one state folder, held against every other process.
 
-    Not thread-safe for two changes of one minor; the Mapper makes its changes one at a time.
+    Changes may come from several threads; of two of one minor, the one that comes last counts.
 
     Args:
         folder: made with mode 0700 where it is missing.
@@ -63,6 +64,8 @@ class Journal:
         self._devices = self.folder / "devices"
         # Minors whose file this process wrote, or read and found sound.
         self._sound: set[int] = set()
+        # Lets one change at a time write; held while the disk is waited for, takes nothing.
+        self._writing = threading.Lock()
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
             self._lock_fd = _lock(self.folder)
@@ -105,15 +108,16 @@ class Journal:
         path = self._path(entry["minor"])
         content = _encode(entry)
         try:
-            older = _read_or_none(path)
-            self._keep_damaged(path, older)
-            _write_aside(path, content)
-            try:
-                _sync_folder(self._devices)
-            except OSError:
-                _put_back(path, older)
-                raise
-            self._sound.add(entry["minor"])
+            with self._writing:
+                older = _read_or_none(path)
+                self._keep_damaged(path, older)
+                _write_aside(path, content)
+                try:
+                    _sync_folder(self._devices)
+                except OSError:
+                    _put_back(path, older)
+                    raise
+                self._sound.add(entry["minor"])
         except OSError as error:
             sentence = f"state folder {self.folder}: device {entry['name']} cannot be recorded"
             raise _failure(error, sentence) from error
@@ -129,10 +133,11 @@ class Journal:
         """
         path = self._path(minor)
         try:
-            self._keep_damaged(path, _read_or_none(path))
-            path.unlink(missing_ok=True)
-            self._sound.discard(minor)
-            _sync_folder(self._devices)
+            with self._writing:
+                self._keep_damaged(path, _read_or_none(path))
+                path.unlink(missing_ok=True)
+                self._sound.discard(minor)
+                _sync_folder(self._devices)
         except OSError as error:
             sentence = f"state folder {self.folder}: the entry {path.name} cannot be dropped"
             raise _failure(error, sentence) from error

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -162,6 +163,21 @@ def test_an_entry_that_could_not_be_read_back_is_not_written(journal, folder, br
     with pytest.raises(ValueError, match="minor|live|more"):
         journal.record(entry() | broken)
     assert os.listdir(folder / "devices") == []
+
+
+def test_changes_from_several_threads_leave_whole_entries(journal, folder):
+    def record(number: int) -> None:
+        for n in range(20):
+            journal.record(entry(name=f"r{number}", live=f"0 {8 * n + 8} zero \n" * 1000))
+
+    threads = [threading.Thread(target=record, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (found,) = journal.entries()
+    assert "error" not in found
+    assert os.listdir(folder / "devices") == ["0.json"]
 
 
 # Every system call of a change, by the name under which dmpy.state reaches it.
