@@ -60,7 +60,7 @@ def check(stack, mapper):
             top.preadv([view for view in views if len(view)], offset)
             expect_equal(memoryview(data), model[window], offset, f"{where}: step {step}")
         elif op == "write":
-            model[window] = pattern(offset, length, 100 + step)
+            model[window] = pattern(offset, length, 0xC300 + step)
             top.pwritev([memoryview(model[window])], offset, fua=rng.random() < 0.1)
         elif op == "zero":
             model[window] = 0

@@ -18,25 +18,38 @@ from __future__ import annotations
 
 import errno
 import random
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dmpy.device import DATA, HOLE, ZERO, BlockDevice, BlockSize, Extent
+from dmpy.device import DATA, HOLE, ZERO, BlockDevice, BlockSize, Buffers, Extent
 from dmpy.target import Args, MapTarget, Op, Target
 from dmpy.testing.faulty import Fault, FaultyDevice, every_fault
 from dmpy.testing.pattern import PatternDevice, expect_equal, pattern
 from dmpy.testing.powercut import Power
 
-__all__ = ["ExtentsDevice", "LeafTests", "TargetTests", "check_extents", "guarded"]
+__all__ = [
+    "ExtentsDevice",
+    "LeafTests",
+    "TargetTests",
+    "check_extents",
+    "guarded",
+    "run_threads",
+]
 
 _SECTOR = 512
 # How many boundaries of a mapping are tried with every alignment: the first, the last, the rest
 # evenly between.
 _BOUNDARIES = 12
+# Salts of what is on the legs at first and of what is written: words of which no end is zero, so
+# that a byte too few or too many shows.
+_LEG_SALT = 0x5A01
+_SALT = 0xC300
 
 
 class ExtentsDevice(PatternDevice):
@@ -57,6 +70,17 @@ class ExtentsDevice(PatternDevice):
             step = min(end, (offset // (3 * _SECTOR) + 1) * 3 * _SECTOR)
             yield Extent(offset, step - offset, self.kind(offset // _SECTOR))
             offset = step
+
+
+# Lets other threads run in the middle of each request, as a device that waits for a disk does.
+class _YieldingDevice(PatternDevice):
+    def preadv(self, buffers: Buffers, offset: int) -> None:
+        super().preadv(buffers, offset)
+        time.sleep(0)
+
+    def pwritev(self, buffers: Buffers, offset: int, *, fua: bool = False) -> None:
+        time.sleep(0)
+        super().pwritev(buffers, offset, fua=fua)
 
 
 def check_extents(extents: Sequence[Extent], offset: int, length: int) -> None:
@@ -108,6 +132,40 @@ class guarded:
                 raise AssertionError(f"a view outlives the call: {still_held}") from None
 
 
+def run_threads(work: Callable[[int], None], count: int = 4, limit: float = 60.0) -> None:
+    """Run work(0), work(1), ... in threads that take turns as often as they can.
+
+    Args:
+        work: called with the number of the thread.
+        count: how many threads.
+        limit: seconds after which a thread that is still at it hangs.
+
+    Raises:
+        AssertionError: a thread hangs; or whatever the first one that failed has raised.
+    """
+    failures: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(count)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(limit)
+            assert not thread.is_alive(), "a thread hangs"
+    finally:
+        sys.setswitchinterval(interval)
+    if failures:
+        raise failures[0]
+
+
 class TargetTests:
     """What every target must hold.
 
@@ -117,8 +175,8 @@ class TargetTests:
         discards: False when the target has no discard (EOPNOTSUPP).
         status_text: what status() must be, or None to check its form only.
 
-    There for a subclass's own tests: `self.devices` (PatternDevice, salt = index + 1, fresh for
-    every test) and `self.target`, built on them.
+    There for a subclass's own tests: `self.devices` (fresh PatternDevices for every test) and
+    `self.target`, built on them.
     """
 
     leg_sizes: Sequence[int] = ()
@@ -143,7 +201,8 @@ class TargetTests:
     def make_devices(self, kind: type[PatternDevice] = PatternDevice, **how) -> list[PatternDevice]:
         """Return fresh devices for `build`, each with the pattern, salted by its number."""
         return [
-            kind(size, f"leg{n}", salt=n + 1, **how) for n, size in enumerate(self.leg_sizes)
+            kind(size, f"leg{n}", salt=_LEG_SALT + n, **how)
+            for n, size in enumerate(self.leg_sizes)
         ]
 
     # What the tests are made of.
@@ -297,7 +356,7 @@ class TargetTests:
 
     def test_a_write_of_the_whole_device_goes_where_the_oracle_says_and_nowhere_else(self):
         self.needs_io()
-        data = pattern(0, self.target.size, 99)
+        data = pattern(0, self.target.size, _SALT)
         after = self.scatter(data, [device.content() for device in self.devices])
         self.write(data, 0)
         self.check_legs(after, "after a write of everything")
@@ -316,7 +375,7 @@ class TargetTests:
         self.needs_io()
         before = self.expected()
         contents = [device.content() for device in self.devices]
-        data = pattern(0, self.target.size, 99)
+        data = pattern(0, self.target.size, _SALT)
         for number, (offset, length) in enumerate(self.requests()):
             piece = data[offset : offset + length] ^ np.uint8(number & 0x7F)
             self.write(piece, offset, [length // 2])
@@ -353,7 +412,7 @@ class TargetTests:
             if op == "read":
                 expect_equal(memoryview(self.read(offset, length)), model[window], offset, op)
             elif op == "write":
-                model[window] = pattern(offset, length, 100 + step)
+                model[window] = pattern(offset, length, _SALT + step)
                 self.write(model[window], offset, fua=rng.random() < 0.2)
             elif op == "zero":
                 model[window] = 0
@@ -434,7 +493,7 @@ class TargetTests:
             power.device(size, f"leg{n}") for n, size in enumerate(self.leg_sizes)
         ]
         self.target = self.build(devices)
-        data = pattern(0, self.target.size, 7)
+        data = pattern(0, self.target.size, _SALT)
         self.write(data, 0, fua=how == "fua")
         if how == "flush":
             self.target.flush()
@@ -515,7 +574,7 @@ class TargetTests:
     @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
     def test_an_error_of_a_leg_surfaces_with_its_errno(self, error):
         self.needs_io()
-        data = pattern(0, self.target.size, 50)
+        data = pattern(0, self.target.size, _SALT)
         for fault in every_fault(error=error, ops=["read", "write", "flush", "zero", "discard"]):
             target = self.build([FaultyDevice(device, fault) for device in self.make_devices()])
             work = [
@@ -561,39 +620,30 @@ class TargetTests:
         share = self.sectors // 4 * _SECTOR
         if not share:
             pytest.skip("the target is too small to share")
+        self.devices = self.make_devices(_YieldingDevice)
+        self.target = self.build(self.devices)
         model = self.expected()
-        failures: list[BaseException] = []
 
         def work(number: int) -> None:
             rng = random.Random(number)
             mine = model[number * share : (number + 1) * share]
-            try:
-                for step in range(60):
-                    begin = rng.randrange(share // _SECTOR) * _SECTOR
-                    length = rng.randint(1, (share - begin) // _SECTOR) * _SECTOR
-                    offset = number * share + begin
-                    if rng.random() < 0.5:
-                        mine[begin : begin + length] = pattern(offset, length, step)
-                        self.target.pwritev([memoryview(mine[begin : begin + length])], offset)
-                        mine[:] = self.drop_unmapped(model)[number * share : (number + 1) * share]
-                    else:
-                        data = bytearray(length)
-                        self.target.preadv([memoryview(data)], offset)
-                        window = mine[begin : begin + length]
-                        expect_equal(memoryview(data), window, offset, f"thread {number}")
-                    if step % 20 == 0:
-                        self.target.flush()
-            except BaseException as error:
-                failures.append(error)
+            for step in range(60):
+                begin = rng.randrange(share // _SECTOR) * _SECTOR
+                length = rng.randint(1, (share - begin) // _SECTOR) * _SECTOR
+                offset = number * share + begin
+                if rng.random() < 0.5:
+                    mine[begin : begin + length] = pattern(offset, length, _SALT + step)
+                    self.target.pwritev([memoryview(mine[begin : begin + length])], offset)
+                    mine[:] = self.drop_unmapped(model)[number * share : (number + 1) * share]
+                else:
+                    data = bytearray(length)
+                    self.target.preadv([memoryview(data)], offset)
+                    window = mine[begin : begin + length]
+                    expect_equal(memoryview(data), window, offset, f"thread {number}")
+                if step % 20 == 0:
+                    self.target.flush()
 
-        threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-            assert not thread.is_alive(), "a thread hangs"
-        if failures:
-            raise failures[0]
+        run_threads(work)
 
 
 class LeafTests:
@@ -637,7 +687,7 @@ class LeafTests:
 
     def fill(self) -> np.ndarray:
         """Write the pattern to all of it and return it."""
-        data = pattern(0, self.size, 3).copy()
+        data = pattern(0, self.size, _LEG_SALT).copy()
         self.leaf.pwritev([memoryview(data)], 0)
         return data
 
@@ -666,7 +716,7 @@ class LeafTests:
             if op == "read":
                 expect_equal(memoryview(self.read(offset, length)), model[window], offset, op)
             elif op == "write":
-                model[window] = pattern(offset, length, 100 + step)
+                model[window] = pattern(offset, length, _SALT + step)
                 with guarded([length], model[window]) as buffers:
                     self.leaf.pwritev(buffers, offset, fua=rng.random() < 0.1)
                     del buffers
@@ -691,7 +741,7 @@ class LeafTests:
     def test_lists_of_many_buffers_move_whole(self, count):
         unit = max(8, self.leaf.block_size.minimum)
         count = min(count, self.size // unit)
-        data = pattern(0, count * unit, 9)
+        data = pattern(0, count * unit, _SALT)
         with guarded([unit] * count, data) as buffers:
             self.leaf.pwritev(buffers, 0)
             del buffers
@@ -766,24 +816,13 @@ class LeafTests:
 
     def test_threads_do_not_disturb_each_other(self):
         share = self.size // 4 // 4096 * 4096
-        failures: list[BaseException] = []
 
         def work(number: int) -> None:
-            try:
-                for step in range(50):
-                    data = pattern(number * share, share, number * 100 + step)
-                    self.leaf.pwritev([memoryview(data)], number * share)
-                    found = bytearray(share)
-                    self.leaf.preadv([memoryview(found)], number * share)
-                    expect_equal(memoryview(found), data, number * share, f"thread {number}")
-            except BaseException as error:
-                failures.append(error)
+            for step in range(50):
+                data = pattern(number * share, share, _SALT + number * 50 + step)
+                self.leaf.pwritev([memoryview(data)], number * share)
+                found = bytearray(share)
+                self.leaf.preadv([memoryview(found)], number * share)
+                expect_equal(memoryview(found), data, number * share, f"thread {number}")
 
-        threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-            assert not thread.is_alive(), "a thread hangs"
-        if failures:
-            raise failures[0]
+        run_threads(work)

@@ -24,6 +24,8 @@ _SECTOR = 512
 # Sectors of a leaf, and the most one line takes of a leg.
 _LEAF_SECTORS = (1024, 4096)
 _PIECE_SECTORS = 256
+# Salt of what is on leaf 0: no end of a word is zero, so a byte too few or too many shows.
+_SALT = 0x5A01
 _CHUNKS = (1, 2, 3, 8, 16, 24, 64)
 
 
@@ -188,7 +190,7 @@ class RandomStack:
 
     def leaf_pattern(self) -> list[np.ndarray]:
         """Return what `create` puts on the leaves: the pattern, salted with the leaf's number."""
-        return [pattern(0, s * _SECTOR, leaf + 1) for leaf, s in enumerate(self.leaf_sectors)]
+        return [pattern(0, s * _SECTOR, _SALT + leaf) for leaf, s in enumerate(self.leaf_sectors)]
 
     def table(self, name: str) -> str:
         """Return the table text of a device, one line per target."""
