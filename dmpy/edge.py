@@ -131,11 +131,9 @@ class Edge:
     @property
     def odd_read(self) -> int:
         """A mask: a length that has one of these bits needs read()."""
-        limit = 1 << (self._maximum.bit_length() - 1)
         # nbdkit's buffers begin at multiples of 16 bytes, so a trap of 16 is none for them.
-        if buffers.slow_copy_width() > 16:
-            limit = min(limit, BIG_READ)
-        return self.odd_offset | -limit
+        big = -BIG_READ if buffers.slow_copy_width() > 16 else 0
+        return self.odd_offset | self._odd_size | big
 
     @property
     def odd_write(self) -> int:
@@ -143,7 +141,14 @@ class Edge:
 
         Where blocks are larger than a byte every write has to look at the range lock.
         """
-        return -1 if self._unit > 1 else -(1 << (self._maximum.bit_length() - 1))
+        return -1 if self._unit > 1 else self._odd_size
+
+    # The bits of lengths above the maximum; none where no request can be so large.
+    @property
+    def _odd_size(self) -> int:
+        if self._maximum >= _REQUEST_LIMIT:
+            return 0
+        return -(1 << (self._maximum.bit_length() - 1))
 
     def read(self, buffer: memoryview, offset: int) -> None:
         """Fill the buffer from `offset`."""
