@@ -200,8 +200,8 @@ class ServerPlugin(Plugin):
 
     Arguments: runtime=FOLDER (control.sock appears there), state=FOLDER (the journal), and as
     wanted devdir=FOLDER (each device is attached and linked there), metrics=ADDRESS (Prometheus'
-    text over HTTP, HOST:PORT or unix:PATH), uri=URI (where clients find the exports, if that is more
-    than the socket: TLS), loglevel=LEVEL.
+    text over HTTP, HOST:PORT or unix:PATH), uri=URI (where clients find the exports, if that is
+    more than the socket: TLS), loglevel=LEVEL.
     """
 
     def __init__(self) -> None:

@@ -127,7 +127,7 @@ def check_folder(path: str) -> str:
         try:
             os.mkdir(path, 0o700)
         except FileExistsError:
-            pass
+            pass  # looked at next
         found = os.lstat(path)
         if stat.S_ISLNK(found.st_mode) and found.st_uid in (0, os.geteuid()):
             found = os.stat(path)
@@ -191,7 +191,7 @@ def clean_runtime(runtime: str) -> None:
         try:
             os.unlink(os.path.join(runtime, name))
         except FileNotFoundError:
-            pass
+            pass  # a server that did not get far
 
 
 # --- nbdkit ------------------------------------------------------------------------------------
@@ -662,7 +662,7 @@ def _open_log(path: str):
         if os.stat(path).st_size > _LOG_SIZE_MAX:
             os.rename(path, f"{path}.1")
     except FileNotFoundError:
-        pass
+        pass  # the first start
     log = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "ab")
     log.seek(0, os.SEEK_END)
     return log
