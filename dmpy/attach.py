@@ -15,6 +15,7 @@ import errno
 import fcntl
 import glob
 import json
+import logging
 import os
 import shutil
 import signal
@@ -42,6 +43,8 @@ _PATIENCE = 20.0
 _PROBE_PATIENCE = 2.0
 # Requests in flight come from connections: each is served by one thread.
 _CONNECTIONS = 4
+
+_log = logging.getLogger(__name__)
 
 
 def export_uri(name: str, socket: str | os.PathLike[str]) -> str:
@@ -116,6 +119,9 @@ def attach(
 
 def detach(name: str, runtime: str | os.PathLike[str]) -> None:
     """Undo `attach`; on return everything is flushed and the processes are gone.
+
+    A flush that fails is logged and does not keep the node: the kernel has given up what could
+    not be written, so another try would find nothing left to flush.
 
     Raises:
         OSError: ENOENT when the device is not attached; EBUSY, naming the mount point, the
@@ -397,11 +403,14 @@ def _processes_with(matches: Callable[[os.stat_result], bool]) -> list[str]:
 
 
 def _flush(node: str) -> None:
-    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        _log.error("%s: what was written last is not durable: %s", node, error.strerror)
 
 
 # -- What the machine says ----------------------------------------------------------------------

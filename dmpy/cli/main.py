@@ -167,9 +167,9 @@ def _usage_sentence(error: click.UsageError) -> str:
         kind = "argument" if isinstance(error.param, click.Argument) else "option"
         text = f"{kind} {_given(error.param)} is missing"
     elif isinstance(error, click.BadParameter) and error.param is not None:
-        text = f"{_given(error.param)}: {sentence(ValueError(error.message))}"
+        text = f"{_given(error.param)}: {error.message.removesuffix('.')}"
     else:
-        message = sentence(ValueError(error.format_message()))
+        message = sentence(error)
         text = message[:1].lower() + message[1:]
     command = error.ctx.command_path if error.ctx else "dmpy"
     return f"{text}; see `{command} --help`"

@@ -254,6 +254,9 @@ class Failure(Exception):
 
 def sentence(error: BaseException) -> str:
     """Return the one line that says what an error means, in this project's style."""
+    if isinstance(error, click.ClickException):
+        # click ends its sentences with a full stop.
+        return _one_line(error.format_message()).removesuffix(".")
     if isinstance(error, OSError) and not isinstance(error, (RemoteError, ServerGone)):
         text = error.strerror or str(error) or os.strerror(error.errno or errno.EIO)
         # What Python raises by itself has a capital letter, and the file beside the reason.
@@ -264,7 +267,7 @@ def sentence(error: BaseException) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split()).removesuffix(".")
+    return " ".join(text.split())
 
 
 def _lower(text: str) -> str:

@@ -70,21 +70,35 @@ def ls_command(session: Session, target: str | None, as_tree: bool, options: str
         having = {entry["name"] for entry in session.call("table")
                   if any(line[2] == target for line in entry["lines"])}
         infos = [info for info in infos if info["name"] in having]
-    failed = [] if target else session.call("server")["failed"]
+    failed = {} if target else {each["minor"]: each for each in session.call("server")["failed"]}
     if as_json:
-        deps = _all_deps(session) if as_tree else {}
-        rows = [info | ({"deps": deps[info["name"]]} if as_tree else {}) for info in infos]
-        emit([*rows, *failed], None, True)
+        emit(_rows(infos, _all_deps(session) if as_tree else None, failed), None, True)
         return
-    broken = [f"{each['name'] or each['minor']}\t(failed: {each['error']})" for each in failed]
+    minors = {info["minor"] for info in infos}
+    # A device that could not be rebuilt is there without its table, if its entry can be read.
+    broken = [f"{each['name'] or minor}\t(failed: {each['error']})"
+              for minor, each in failed.items() if as_tree or minor not in minors]
     if as_tree:
         text = _tree(session, infos, options)
     else:
         naming = _naming(options)
         lines = [fmt.target_ls_line(info) if target else fmt.ls_line(info, names=naming)
-                 for info in infos]
+                 + (f"\tfailed: {failed[info['minor']]['error']}" if info["minor"] in failed
+                    else "") for info in infos]
         text = "\n".join(lines) or None
     emit(None, "\n".join(filter(None, [text, *broken])) or fmt.NO_DEVICES, False)
+
+
+# What --json prints: a device each, with "error" where it could not be rebuilt.
+def _rows(infos: list[dict], deps: dict[str, list] | None, failed: dict[int, dict]) -> list[dict]:
+    rows = []
+    for info in infos:
+        row = dict(info) if deps is None else info | {"deps": deps[info["name"]]}
+        if info["minor"] in failed:
+            row["error"] = failed[info["minor"]]["error"]
+        rows.append(row)
+    minors = {info["minor"] for info in infos}
+    return rows + [each for minor, each in failed.items() if minor not in minors]
 
 
 def _naming(options: str | None) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from dmpy import attach
 from dmpy.cli import main
 from tests import needs
 
@@ -89,6 +90,8 @@ class CLI:
         if result.status:
             with contextlib.suppress(OSError, ValueError):
                 os.kill(self.pid(), signal.SIGKILL)
+        # What could not be detached in order must not outlive the tests either.
+        attach.clean_up(self.runtime)
 
 
 def _make() -> CLI:
