@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dmpy.mapped import MappedDevice
-    from dmpy.mapper import Mapper
+    from dmpy.mapper import FailedEntry, Mapper
 
 __all__ = [
     "DRIVER_VERSION",
@@ -757,6 +757,8 @@ class ControlServer:
             return handler(connection, **arguments)
         selector = {param.name: arguments.pop(param.name) for param in _SELECTOR}
         if any(value is not None for value in selector.values()):
+            if name == "remove" and self._remove_lost(selector):
+                return {}
             return handler(connection, self._device(selector), **arguments)
         devices = sorted(self.mapper.devices(), key=lambda device: device.name)
         return [handler(connection, device, **arguments) for device in devices]
@@ -765,15 +767,27 @@ class ControlServer:
         try:
             return self.mapper.device(**selector)
         except OSError as error:
-            for failed in self.mapper.failed:
-                if any(getattr(failed, key) == value for key, value in selector.items()):
-                    raise DeviceError(
-                        error.errno,
-                        f"device {failed.name or failed.minor} could not be rebuilt: "
-                        f"{failed.error}",
-                        device=failed.name,
-                    ) from None
-            raise
+            lost = self._lost(selector)
+            if lost is None:
+                raise
+            sentence = f"device {lost.name} could not be rebuilt: {lost.error}"
+            raise DeviceError(error.errno, sentence, device=lost.name) from None
+
+    # The entry of the journal that a selector names, when it was too damaged to make a device of.
+    def _lost(self, selector: dict) -> FailedEntry | None:
+        there = {device.minor for device in self.mapper.devices()}
+        for failed in self.mapper.failed:
+            named = any(value and getattr(failed, key) == value for key, value in selector.items())
+            if (named or failed.minor == selector["minor"]) and failed.minor not in there:
+                return failed
+        return None
+
+    # Such an entry can only be removed.
+    def _remove_lost(self, selector: dict) -> bool:
+        lost = self._lost(selector)
+        if lost is not None:
+            self.mapper.remove(lost.name)
+        return lost is not None
 
     def _describe(self, device: MappedDevice) -> dict:
         used = self.attachments.use(device) is not None

@@ -319,10 +319,17 @@ def test_what_cannot_be_rebuilt_is_reported_and_the_others_come_up(served, runti
         assert "damaged, or cut short" in damaged["error"]
         assert client.call("table", name="good")["lines"] == [[0, 8, "zero", ""]]
         assert client.call("create", name="next")["minor"] == 3
+        with pytest.raises(RemoteError, match="could not be rebuilt: .*damaged, or cut short"):
+            client.call("info", minor=1)
+        client.call("remove", minor=1)
+        assert [entry["name"] for entry in client.call("server")["failed"]] == ["lost"]
     launch.stop_server()
     leg.write_bytes(bytes(1 << 20))
     with launch.start_server() as client:
-        assert client.call("table", name="lost")["lines"] == [[0, 2048, "linear", f"{leg} 0"]]
+        table = [[0, 2048, "linear", f"{leg} 0"]]
+        assert client.call("table", name="lost")["lines"] == table
+        assert client.call("server")["failed"] == []
+    assert path.with_name("1.json.damaged-1").exists()
 
 
 @pytest.mark.nbd
