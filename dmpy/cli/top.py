@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,8 +24,8 @@ __all__ = ["percentile", "rates", "rich_tree", "stats_text", "top_command"]
 
 Stats = Mapping[str, Any]
 
-# A table into a pipe is as wide as it needs to be.
-_PIPE_WIDTH = 250
+# What is printed once is as wide as it needs to be: a line that wraps is better than one cut.
+_WIDTH = 1000
 
 
 def percentile(histogram: Sequence[int], fraction: float) -> float | None:
@@ -210,11 +209,10 @@ def _table(*headings: str) -> Table:
     return table
 
 
-# What rich makes of things: coloured on a terminal, plain and uncut into a pipe.
+# What rich makes of things: coloured on a terminal, plain into a pipe.
 def _drawn(*things: Any) -> str:
     terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if terminal else _PIPE_WIDTH
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=width,
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=_WIDTH,
                       color_system="auto" if terminal else None,
                       no_color=bool(os.environ.get("NO_COLOR")))
     for thing in things:
