@@ -66,7 +66,9 @@ def draw(title: str, note: str, panels: Sequence[Panel], keys: tuple[str, str]) 
             parts += _panel(panel, _MARGIN + place * (column + _GAP), top, column)
         top += 44 + _STEP * max(len(panel.bars) for panel in pair)
     height = top + _FOOT
-    frame = f'<rect class="back" x="0.5" y="0.5" width="{_WIDTH - 1}" height="{height - 1}" rx="8"/>'
+    frame = (
+        f'<rect class="back" x="0.5" y="0.5" width="{_WIDTH - 1}" height="{height - 1}" rx="8"/>'
+    )
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}"'
         f' viewBox="0 0 {_WIDTH} {height}" role="img">',

@@ -1,6 +1,6 @@
-"""A disk that reads as the place of nbdkit's own buffer: its address modulo 4096, 2 bytes, little endian.
+"""A disk that reads as the place of nbdkit's own buffer.
 
-The benchmark reads it once for each request size, because where a buffer sits in its page decides
+Each read returns the buffer's address modulo 4096 in its first 2 bytes, little endian. The benchmark reads it once for each request size, because where a buffer sits in its page decides
 how fast some CPUs copy into it.
 """
 import ctypes
