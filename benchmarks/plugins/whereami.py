@@ -1,7 +1,8 @@
 """A disk that reads as the place of nbdkit's own buffer.
 
-Each read returns the buffer's address modulo 4096 in its first 2 bytes, little endian. The benchmark reads it once for each request size, because where a buffer sits in its page decides
-how fast some CPUs copy into it.
+Each read returns the buffer's address modulo 4096 in its first 2 bytes, little endian. The
+benchmark reads once in each request size, because where a buffer sits in its page decides how fast
+some CPUs copy into it.
 """
 import ctypes
 
