@@ -90,4 +90,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{len(nodeids)} because {reason}:")
         for nodeid in nodeids:
             terminalreporter.write_line(f"    {nodeid}")
-    terminalreporter.write_line("scripts/setup installs the tools that are missing.")
+    terminalreporter.write_line("scripts/setup installs missing tools; some tests need root.")
