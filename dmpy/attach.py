@@ -220,8 +220,9 @@ def _attach_nbd(record: dict, folder: Path, source: _Source) -> None:
             command.append("-R")
         done = _run(command)
         if done.returncode == 0:
-            record.update(method="nbd", node=node, nbd=node)
+            record.update(method="nbd", node=node, nbd=node, nbd_pid=_nbd_pid(node))
             _wait_for(lambda: _node_size(node) > 0, f"{node} to get its size")
+            record["nbd_pid"] = _nbd_pid(node)
             return
         complaint = _last_line(done) or complaint
     if complaint:
@@ -285,7 +286,7 @@ def _free_nbd_nodes() -> Iterator[str]:
     numbers = sorted(int(p[len("/sys/block/nbd"):]) for p in glob.glob("/sys/block/nbd[0-9]*"))
     for number in numbers:
         node = f"/dev/nbd{number}"
-        if not os.path.exists(f"/sys/block/nbd{number}/pid") and os.path.exists(node):
+        if _nbd_pid(node) is None and os.path.exists(node):
             yield node
 
 
@@ -422,13 +423,21 @@ _children: dict[int, subprocess.Popen] = {}
 # Whether the node still belongs to this record: numbers are used again.
 def _still_ours(record: dict) -> bool:
     if "nbd" in record:
-        return os.path.exists(f"/sys/block/{os.path.basename(record['nbd'])}/pid")
+        return _nbd_pid(record["nbd"]) == record["nbd_pid"] is not None
     try:
         backing = Path(f"/sys/block/{os.path.basename(record['loop'])}/loop/backing_file")
         # The kernel adds ` (deleted)` when the file was unmounted from under the loop device.
         return backing.read_text().strip().removesuffix(" (deleted)") == record["file"]
     except OSError:
         return False
+
+
+# Who attached a /dev/nbdN: the kernel keeps that process id as long as the attachment lasts.
+def _nbd_pid(node: str) -> int | None:
+    try:
+        return int(Path(f"/sys/block/{os.path.basename(node)}/pid").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _node_size(node: str) -> int:

@@ -17,7 +17,7 @@ import click
 
 from dmpy.cli.session import Session, emit, json_option, pass_session, sentence
 
-__all__ = ["Finding", "doctor_command", "examine"]
+__all__ = ["MISSING", "NOTE", "OK", "Finding", "doctor_command", "examine"]
 
 OK, NOTE, MISSING = "ok", "note", "missing"
 
@@ -138,6 +138,7 @@ def _modules() -> Iterator[Finding]:
 def _attaching() -> Iterator[Finding]:
     from dmpy import attach
 
+    client = None
     if attach.has_nbd_driver():
         client = _tool("nbd-client")
         if client:
@@ -162,6 +163,8 @@ def _attaching() -> Iterator[Finding]:
             yield Finding("fusermount3", NOTE, f"not installed: {_get('fusermount3')}")
         yield Finding("root", NOTE, "not root, so `dmpy attach --file` shows devices as files "
                       "only; every other verb works")
+    elif client:
+        pass                                            # loop devices are the other way
     elif not _tool("losetup"):
         yield Finding("loop devices", NOTE, f"losetup is not installed: {_get('losetup')}")
     elif not os.path.exists("/dev/loop-control"):

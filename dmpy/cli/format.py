@@ -10,14 +10,15 @@ _display_tree_node(); libdm/libdm-report.c, _report_headings(), _output_field_ba
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 __all__ = [
     "DEFAULT_FIELDS",
+    "DM_MAJOR",
     "FIELDS",
     "NO_DEVICES",
+    "READ_AHEAD_SECTORS",
     "TREE_OPTIONS",
     "Field",
     "Report",
@@ -47,6 +48,8 @@ Deps = Mapping[str, Sequence[Mapping[str, Any]]]        # device name -> what it
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean X?)` for the known word nearest to `word`, or an empty string."""
+    import difflib  # dmsetup, which runs by the thousand, never gets here
+
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
 

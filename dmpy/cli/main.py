@@ -16,7 +16,7 @@ import click
 from dmpy.cli.format import did_you_mean
 from dmpy.cli.session import Failure, Session, sentence
 
-__all__ = ["cli", "main", "run"]
+__all__ = ["ALIASES", "VERBS", "cli", "main", "run"]
 
 # Verb -> its module, and its line in `dmpy --help`. The order is that of the help.
 VERBS = {

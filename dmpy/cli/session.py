@@ -16,13 +16,16 @@ from dmpy.cli.format import NO_DEVICES, did_you_mean
 from dmpy.client import Client, RemoteError, ServerGone
 
 __all__ = [
+    "Failure",
     "Session",
+    "blocks",
     "device_names",
     "emit",
     "fail",
     "json_option",
     "one_device",
     "pass_session",
+    "read_text",
     "selection",
     "sentence",
     "single_or_list",
