@@ -200,8 +200,8 @@ class ServerPlugin(Plugin):
 
     Arguments: runtime=FOLDER (control.sock appears there), state=FOLDER (the journal), and as
     wanted devdir=FOLDER (each device is attached and linked there), metrics=ADDRESS (Prometheus'
-    text over HTTP, HOST:PORT or unix:PATH), uri=URI (where clients find the exports, if that is
-    more than the socket: TLS), loglevel=LEVEL.
+    text over HTTP, HOST:PORT or unix:PATH), tcp_uri=URI (where it is to be found over TCP, if
+    nbdkit was told to listen there; with nbds: clients there need TLS), loglevel=LEVEL.
     """
 
     def __init__(self) -> None:
@@ -216,12 +216,14 @@ class ServerPlugin(Plugin):
         if key in ("runtime", "state", "devdir"):
             # nbdkit leaves the folder that it was started in.
             self._values[key] = os.path.abspath(value)
-        elif key in ("metrics", "uri"):
-            if key == "metrics":
-                parse_address(value)
+        elif key == "metrics":
+            parse_address(value)
             self._values[key] = value
+        elif key == "tcp_uri":
+            self._values[key] = value
+            self.tcp_needs_tls = value.startswith("nbds:")
         else:
-            known = "devdir, loglevel, metrics, runtime, state, uri"
+            known = "devdir, loglevel, metrics, runtime, state, tcp_uri"
             raise Refusal(f"{key}: unknown argument (known are {known})")
 
     def prepare(self) -> None:
@@ -243,7 +245,8 @@ class ServerPlugin(Plugin):
         runtime = self._values["runtime"]
         nbd_socket = quote(self.socket or os.path.join(runtime, "nbd.sock"))
         info = {
-            "uri": self._values.get("uri", f"nbd+unix:///?socket={nbd_socket}"),
+            "uri": f"nbd+unix:///?socket={nbd_socket}",
+            "tcp_uri": self._values.get("tcp_uri"),
             "runtime": runtime,
             "state": self._values["state"],
             "devdir": self._values.get("devdir"),

@@ -272,8 +272,8 @@ class Options:
         metrics: HOST:PORT of this machine or unix:PATH to serve Prometheus' metrics on.
         tcp: HOST:PORT to serve NBD on beside the Unix socket; a host that others can reach needs
             TLS. Port 0 takes any that is free.
-        tls: "require" or "on" (clients may choose), for all NBD clients, those of the Unix socket
-            included. Default: require when one of the next two is given.
+        tls: of clients over TCP: "require", "on" (they may choose) or "off". Default: require when
+            one of the next two is given. The Unix socket is there for plain clients in any case.
         tls_certificates: folder with ca-cert.pem, server-cert.pem and server-key.pem.
         tls_psk: file of lines USER:KEY.
         tls_verify_peer: clients need a certificate too.
@@ -320,38 +320,25 @@ class Options:
             raise ValueError("tls is off, but has certificates, keys or clients to verify")
         if tls_verify_peer and tls_psk:
             raise ValueError("tls: clients with keys have no certificates to verify")
+        if self.tls != "off" and tcp is None:
+            raise ValueError("tls is for clients over tcp: it needs tcp=HOST:PORT")
         self._tcp = None if tcp is None else _tcp_place(tcp, encrypted=self.tls == "require")
 
-    def arguments(self, runtime: str) -> list[str]:
+    def arguments(self) -> list[str]:
         """Return the key=value arguments for the plugin."""
         given = {"devdir": self.devdir, "loglevel": self.loglevel, "metrics": self.metrics}
-        if self.tls == "require":
-            given["uri"] = self.uri(runtime)
         return [f"{key}={value}" for key, value in given.items() if value is not None]
 
     def tls_arguments(self) -> list[str]:
-        """Return nbdkit's own TLS options."""
+        """Return nbdkit's own TLS options; whom it is required of is for the plugin to say."""
         if self.tls == "off":
             return []
-        words = [f"--tls={self.tls}"]
+        words = ["--tls=on"]
         if self.tls_certificates:
             words.append(f"--tls-certificates={self.tls_certificates}")
         if self.tls_psk:
             words.append(f"--tls-psk={self.tls_psk}")
         return words + ["--tls-verify-peer"] * self.tls_verify_peer
-
-    def uri(self, runtime: str) -> str:
-        """Return the URI by which clients of this machine find the server's exports."""
-        from urllib.parse import quote
-
-        place = f"socket={quote(nbd_socket(runtime))}"
-        if self.tls != "require":
-            return f"nbd+unix:///?{place}"
-        if self.tls_certificates:
-            return f"nbds+unix:///?{place}&tls-certificates={quote(self.tls_certificates)}"
-        with open(self.tls_psk, encoding="utf-8") as file:
-            user = file.readline().partition(":")[0]
-        return f"nbds+unix://{quote(user)}@/?{place}&tls-psk-file={quote(self.tls_psk)}"
 
 
 # Host and port of a TCP listener. Without TLS everybody who reaches it can read and write.
@@ -375,7 +362,7 @@ def _tcp_place(text: str, *, encrypted: bool) -> tuple[str, int]:
 def server_command(
     runtime: str, state: str, options: Options | None = None, *, version: str | None = None
 ) -> list[str]:
-    """Return the command line of a server, without the sockets of one that listens on TCP.
+    """Return the command line of a server; for one on TCP it is to be handed its sockets.
 
     Args:
         runtime: the runtime folder.
@@ -390,7 +377,7 @@ def server_command(
         command += ["--unix", nbd_socket(runtime)]
     command += options.tls_arguments()
     command += ["python", plugin_path("dmpy"), f"runtime={runtime}", f"state={state}"]
-    return command + options.arguments(runtime)
+    return command + options.arguments()
 
 
 # nbdkit listens on a Unix socket or on TCP, unless it gets sockets that listen already, from 3 on,
@@ -422,6 +409,10 @@ def _spawn(
     try:
         if options.tcp is not None:
             listeners = _listeners(runtime, options._tcp)
+            host, port = listeners[1].getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            scheme = "nbds" if options.tls == "require" else "nbd"
+            command.append(f"tcp_uri={scheme}://{host}:{port}")
             fds = [str(listener.fileno()) for listener in listeners]
             command = [sys.executable, "-I", "-S", "-c", _HAND_OVER, str(len(fds)), *fds, *command]
         return subprocess.Popen(

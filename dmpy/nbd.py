@@ -116,12 +116,15 @@ class Plugin:
         socket: path of the Unix socket that nbdkit was told to listen on, or None.
         readonly: True when nbdkit was started with -r.
         takes_files: arguments that are not key=value mean file=ARGUMENT.
+        tcp_needs_tls: with nbdkit's --tls=on, refuse clients over TCP that do not use TLS; those of
+            a Unix socket may do as they like.
     """
 
     registry: Registry
     socket: str | None = None
     readonly = False
     takes_files = False
+    tcp_needs_tls = False
 
     def configure(self, key: str, value: str) -> None:
         """Take one key=value argument; this one knows none.
@@ -531,17 +534,28 @@ class _Server:
             raise _refused(errno.ESHUTDOWN, "the server is shutting down")
 
     def list_exports(self, readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
+        self._refuse_plain_tcp(is_tls)
         names = self.plugin.registry.names()
         if len(names) > _MOST_LISTED:
             _log.warning("%d exports: only %d are listed", len(names), _MOST_LISTED)
         return [(name, text[:4096]) for name, text in names[:_MOST_LISTED]]
 
     def default_export(self, readonly: bool, is_tls: bool) -> str:
+        self._refuse_plain_tcp(is_tls)
         return self.plugin.registry.default()
+
+    # nbdkit requires TLS of all clients or of none. `is_tls` is None where only nbdkit can tell.
+    def _refuse_plain_tcp(self, is_tls: bool | None) -> None:
+        if not self.plugin.tcp_needs_tls or is_tls or _is_on_unix_socket():
+            return
+        if is_tls is None and ctypes.PyDLL(None).nbdkit_is_tls() == 1:
+            return
+        raise _refused(errno.EPERM, "TLS is required over TCP")
 
     # -- connections --
 
     def open(self, readonly: bool) -> _Handle:
+        self._refuse_plain_tcp(None)
         name = nbdkit.export_name()
         try:
             device = self.plugin.registry.open(name, readonly)
@@ -629,6 +643,16 @@ class _Server:
 
 def _sentence(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
+
+
+# Whether the client of the calling thread came in through a Unix socket. nbdkit's Python module has
+# no such call before 1.38.
+def _is_on_unix_socket() -> bool:
+    address = ctypes.create_string_buffer(128)
+    length = ctypes.c_uint(len(address))
+    if ctypes.PyDLL(None).nbdkit_peer_name(address, ctypes.byref(length)) != 0:
+        return False
+    return int.from_bytes(address.raw[:2], sys.byteorder) == socket.AF_UNIX
 
 
 # --- the end of a server -----------------------------------------------------------------------

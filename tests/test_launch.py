@@ -122,8 +122,6 @@ def test_a_runtime_folder_with_a_path_too_long_for_sockets_is_refused(monkeypatc
 
 def test_uris_quote_what_they_must():
     assert launch.device_uri("a b/?", "/r") == "nbd+unix:///a%20b%2F%3F?socket=/r/nbd.sock"
-    base = "nbds+unix://u@/?socket=/r/nbd.sock&tls-psk-file=/k"
-    assert launch.device_uri("r0", "/r", base=base) == base.replace("@/?", "@/r0?")
 
 
 def test_a_plugin_that_is_not_there_is_named():
@@ -151,17 +149,14 @@ def test_the_plain_command_line():
     )
 
 
-def test_tls_is_passed_on_to_nbdkit_and_its_uri_to_the_plugin(tmp_path):
+def test_tls_is_passed_on_to_nbdkit():
     options = Options(tls_certificates="/c", tls_verify_peer=True, tcp="0.0.0.0:1")
     command = launch.server_command("/r", "/s", options, version="1.32.5")
     assert "--unix" not in command
-    assert {"--tls=require", "--tls-certificates=/c", "--tls-verify-peer"} <= set(command)
-    assert command[-1] == "uri=nbds+unix:///?socket=/r/nbd.sock&tls-certificates=/c"
-    keys = tmp_path / "keys"
-    keys.write_text("alice:00112233\n")
-    command = launch.server_command("/r", "/s", Options(tls_psk=str(keys)), version="1.32.5")
-    assert f"--tls-psk={keys}" in command
-    assert command[-1] == f"uri=nbds+unix://alice@/?socket=/r/nbd.sock&tls-psk-file={keys}"
+    assert {"--tls=on", "--tls-certificates=/c", "--tls-verify-peer"} <= set(command)
+    command = launch.server_command("/r", "/s", Options(tls_psk="/k", tcp="0.0.0.0:1"),
+                                    version="1.32.5")
+    assert "--tls-psk=/k" in command
 
 
 @pytest.mark.parametrize("tcp", ["localhost:0", "127.0.0.1:10809", "[::1]:10809"])
@@ -184,6 +179,7 @@ def test_tcp_on_this_machine_needs_no_tls(tcp):
         ({"tls": "require"}, "tls needs a folder of certificates or a file of keys"),
         ({"tls": "off", "tls_psk": "/k"}, "tls is off, but has certificates, keys or clients to "
                                           "verify"),
+        ({"tls_psk": "/k"}, "tls is for clients over tcp: it needs tcp=HOST:PORT"),
         ({"tls_verify_peer": True}, "tls is off, but has certificates, keys or clients to verify"),
         ({"tls_psk": "/k", "tls_certificates": "/c"},
          "tls: certificates and a file of keys do not go together"),
@@ -435,21 +431,27 @@ def test_tcp_and_the_unix_socket_are_served_side_by_side(runtime):
     launch.stop_server()
 
 
+def runs(*command: str) -> bool:
+    return subprocess.run(command, capture_output=True, timeout=30, check=False).returncode == 0
+
+
 @pytest.mark.nbd
-def test_tls_with_keys_lets_in_those_who_have_one(runtime, tmp_path):
+def test_tls_is_asked_of_clients_over_tcp_and_not_of_the_unix_socket(runtime, tmp_path):
     needs.nbdkit_plugin("python")
     nbdinfo = needs.tool("nbdinfo", package="libnbd-bin")
     keys = tmp_path / "keys"
     keys.write_text("alice:00112233445566778899aabbccddeeff\n")
     keys.chmod(0o600)
-    with launch.start_server(options=Options(tls_psk=str(keys))) as client:
+    with launch.start_server(options=Options(tcp="0.0.0.0:0", tls_psk=str(keys))) as client:
         client.call("create", name="r0", table="0 8 zero")
-        base = client.call("server")["uri"]
-        with_key = [nbdinfo, "--size", launch.device_uri("r0", runtime, base=base)]
-        done = subprocess.run(with_key, capture_output=True, timeout=30, check=True)
-        assert done.stdout == b"4096\n"
-        without = [nbdinfo, "--size", launch.device_uri("r0", runtime)]
-        assert subprocess.run(without, capture_output=True, timeout=30, check=False).returncode
+        port = client.call("server")["tcp_uri"].removeprefix("nbds://0.0.0.0:")
+        with_key = f"nbds://alice@127.0.0.1:{port}/r0?tls-psk-file={keys}"
+        assert runs(nbdinfo, "--size", with_key)
+        assert runs(nbdinfo, "--list", with_key.replace("/r0?", "/?"))
+        assert not runs(nbdinfo, "--size", f"nbd://127.0.0.1:{port}/r0")
+        assert not runs(nbdinfo, "--size", f"nbd://127.0.0.1:{port}/")
+        assert not runs(nbdinfo, "--list", f"nbd://127.0.0.1:{port}/")
+        assert runs(nbdinfo, "--size", launch.device_uri("r0", runtime))
 
 
 @pytest.mark.nbd
