@@ -225,6 +225,8 @@ class Attachments:
         except OSError as error:
             _log.error("cannot clean up what an earlier server left attached: %s", error)
         for device in self._mapper.devices():
+            if self._closing.is_set():
+                return
             try:
                 self.became_live(device)
             except OSError as error:
@@ -236,9 +238,13 @@ class Attachments:
             found = [(each, _use(each.node)) for each in self._attached.values()]
         return [f"{each.node} of {each.device.name} is {user}" for each, user in found if user]
 
+    def refuse_more(self) -> None:
+        """Attach nothing from now on; what is being attached is waited for by close()."""
+        self._closing.set()
+
     def close(self) -> None:
         """Detach everything that nobody uses; what is in use is logged and stays."""
-        self._closing.set()
+        self.refuse_more()
         with self._lock:
             for minor, found in list(self._attached.items()):
                 try:

@@ -661,6 +661,7 @@ class ControlServer:
             connections = list(self._connections)
         for connection in connections:
             connection.end(socket.SHUT_RD)
+        self.attachments.refuse_more()
         self._ready.wait()
         self.attachments.close()
         deadline = time.monotonic() + _STOP_PATIENCE
