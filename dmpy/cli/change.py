@@ -19,6 +19,7 @@ from dmpy.cli.session import (
     read_text,
     selection,
     single_or_list,
+    table_file,
 )
 
 __all__ = [
@@ -58,7 +59,7 @@ def _is_file(text: str) -> bool:
 
 
 @click.command("create", short_help="Make a device from a table.")
-@click.argument("words", nargs=-1, metavar="NAME [FILE]")
+@click.argument("words", nargs=-1, metavar="NAME [FILE]", shell_complete=table_file)
 @click.option("--table", "tables", multiple=True, metavar="TABLE",
               help="The table; given again, further lines; - is standard input.")
 @click.option("-n", "--notable", is_flag=True, help="Make the device without a table.")

@@ -32,7 +32,8 @@ _NOT_FOUND, _NOT_RUNNABLE = 127, 126
 @click.argument("command", nargs=-1, required=True, metavar="[--] COMMAND...")
 @click.option("--table", "tables", multiple=True, metavar="TABLE",
               help="The table of the device; given again, further lines.")
-@click.option("--table-file", metavar="FILE", help="A file with the table; - is standard input.")
+@click.option("--table-file", metavar="FILE", type=click.Path(allow_dash=True),
+              help="A file with the table; - is standard input.")
 @click.option("--device", "devices", multiple=True, metavar="NAME=TABLE",
               help="A further device, made in the order given; tables may name earlier ones.")
 @click.option("--name", default="disk", show_default=True, help="Name of the device of --table.")
@@ -58,8 +59,9 @@ def run_command(ctx: click.Context, command: tuple[str, ...], tables: tuple[str,
         wanted.append((name, text, readonly))
     if not wanted:
         raise click.UsageError("--table, --table-file or --device is needed")
-    # A short path: a Unix socket's may have 107 bytes.
-    folder = tempfile.mkdtemp(prefix="dmpy-", dir="/tmp")
+    # A Unix socket's path may have 107 bytes.
+    place = tempfile.gettempdir()
+    folder = tempfile.mkdtemp(prefix="dmpy-", dir=place if len(os.fsencode(place)) < 70 else "/tmp")
     try:
         with _server(folder) as session:
             for device, text, is_readonly in wanted:

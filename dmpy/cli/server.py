@@ -28,21 +28,23 @@ __all__ = [
 ]
 
 _SHELLS = ("bash", "zsh", "fish")
+_FOLDER = click.Path(file_okay=False)
 
 
 @click.command("serve", short_help="Run the server in the foreground.")
-@click.option("--runtime", metavar="DIR", help="Folder of the server's sockets.")
-@click.option("--state", metavar="DIR", help="Folder that keeps the tables.")
-@click.option("--devdir", metavar="DIR",
+@click.option("--runtime", metavar="DIR", type=_FOLDER, help="Folder of the server's sockets.")
+@click.option("--state", metavar="DIR", type=_FOLDER, help="Folder that keeps the tables.")
+@click.option("--devdir", metavar="DIR", type=_FOLDER,
               help="Attach each device as it is made, and link DIR/NAME to its node.")
 @click.option("--metrics", metavar="HOST:PORT",
               help="Serve Prometheus metrics over HTTP there, on this machine.")
 @click.option("--tcp", metavar="HOST:PORT", help="Serve NBD over TCP too; beyond this machine "
               "only with --tls require.")
 @click.option("--tls", type=click.Choice(["off", "on", "require"]), help="Encrypt NBD.")
-@click.option("--tls-certificates", metavar="DIR", help="Folder of ca-cert.pem, server-cert.pem "
-              "and server-key.pem.")
-@click.option("--tls-psk", metavar="FILE", help="File of pre-shared keys, USER:HEX a line.")
+@click.option("--tls-certificates", metavar="DIR", type=_FOLDER,
+              help="Folder of ca-cert.pem, server-cert.pem and server-key.pem.")
+@click.option("--tls-psk", metavar="FILE", type=click.Path(),
+              help="File of pre-shared keys, USER:HEX a line.")
 @click.option("--tls-verify-peer", is_flag=True, help="Refuse clients without a certificate.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]),
               help="How much the server says on stderr.")

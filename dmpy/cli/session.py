@@ -29,6 +29,7 @@ __all__ = [
     "selection",
     "sentence",
     "single_or_list",
+    "table_file",
 ]
 
 Selector = dict[str, Any]
@@ -136,10 +137,18 @@ def json_option(command: Callable) -> Callable:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
-def device_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+def table_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list:
+    """Complete the FILE of `NAME FILE`; a new device's name is nobody's to complete."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")] if ctx.params.get("words") else []
+
+
+def device_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list:
     """Complete a device's name: the names that the running server has; never starts one."""
     if param.name == "words" and ctx.params.get("words"):
-        return []                                       # only the first of the words is a device
+        # Only the first of the words is a device.
+        return table_file(ctx, param, incomplete) if ctx.command.name == "load" else []
     session = ctx.find_object(Session) or Session()
     try:
         client = Client(session.socket, timeout=2.0)

@@ -84,6 +84,13 @@ def test_fish_completes_verbs_options_and_devices(shell_environment):
     assert words == ["suspend", "--showkeys", "needle"]
 
 
+def test_the_table_file_is_completed_as_a_file(dmpy):
+    for words in ("dmpy load needle ta", "dmpy create new ta"):
+        environment = dmpy.environment() | {
+            "_DMPY_COMPLETE": "fish_complete", "COMP_WORDS": words, "COMP_CWORD": "ta"}
+        assert dmpy.process(env=environment).stdout.strip() == "file,ta"
+
+
 def test_completion_never_starts_a_server(own_dmpy):
     environment = own_dmpy.environment() | {
         "_DMPY_COMPLETE": "bash_complete", "COMP_WORDS": "dmpy remove ", "COMP_CWORD": "2"}

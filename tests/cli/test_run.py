@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import signal
 import subprocess
@@ -13,12 +12,14 @@ import pytest
 from tests import needs
 
 
-@pytest.fixture(autouse=True)
-def nothing_left():
-    """No folder of a run stays behind."""
-    before = set(glob.glob("/tmp/dmpy-*"))
-    yield
-    assert {path for path in set(glob.glob("/tmp/dmpy-*")) - before if "cli" not in path} == set()
+@pytest.fixture
+def own_dmpy(own_dmpy, monkeypatch):
+    """The command line; its runs have a temporary folder of their own, and leave nothing there."""
+    folder = own_dmpy.runtime.parent / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield own_dmpy
+    assert os.listdir(folder) == []
 
 
 def test_the_command_finds_the_device_by_its_uri(own_dmpy, images):
