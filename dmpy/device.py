@@ -78,10 +78,14 @@ class BlockDevice(ABC):
         size: bytes.
         block_size: sizes of request that the device takes.
         readonly: True when writes are refused with EROFS.
+        fd: a file descriptor with the same bytes at the same offsets, or -1. Requests may be made
+            on it instead, by preadv(2) and, inside the file's size, pwrite(2); what comes short or
+            fails there is made again on the device, which says what is wrong.
     """
 
     name: str
     size: int
+    fd: int = -1
     block_size: BlockSize = BlockSize()
     readonly: bool = False
 

@@ -85,5 +85,12 @@ class DeviceError(OSError):
         self.device = device
         self.offset = offset
 
+    def again(self) -> DeviceError:
+        """Return an error that says the same, to be raised another time.
+
+        An exception object keeps the traceback of every time it was raised.
+        """
+        return DeviceError(self.errno, self.strerror, device=self.device, offset=self.offset)
+
     def __str__(self) -> str:
         return self.strerror

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 from bisect import bisect_right
 from collections import Counter
@@ -17,28 +18,38 @@ from time import monotonic, perf_counter_ns
 from dmpy.device import BlockDevice, BlockSize, Buffers, Extent, slices, total
 from dmpy.errors import DeviceError
 from dmpy.plan import Gate, Lane, Plan, Segment, beyond_the_end, drain, segments_of
-from dmpy.table import Table
+from dmpy.table import Table, split_args
 from dmpy.units import SECTOR_SHIFT
 
-__all__ = ["MAJOR", "MappedDevice", "Stats"]
+__all__ = ["MAJOR", "MappedDevice", "Opening", "Stats"]
 
 _log = logging.getLogger("dmpy")
+
+# Bound here because each look-up in `os` is 3 % of a request.
+_lseek, _preadv, _pwrite, _SEEK_END = os.lseek, os.preadv, os.pwrite, os.SEEK_END
 
 MAJOR = 253
 """The major number that mapped devices have, device-mapper's usual one."""
 
 _BUCKETS = 65
+# So many requests are all timed, then those whose number has none of the bits.
+_ALL_TIMED = 256
+_TIMED_MASK = 15
 
 
 class Stats:
     """What a device has done since it was created.
 
+    Taking the time of a request costs as much as mapping it. So only the first few hundred are all
+    timed, and of the rest one in sixteen, which then counts sixteen times in the histogram.
+
     Attributes:
+        reads: requests that succeeded; also writes, flushes, discards, zeroes.
+        read_bytes: bytes of them; also write_bytes.
+        errors: requests of any kind that failed.
         read_histogram: how many reads took a number of nanoseconds that has as many bits as the
             index says, waiting for a suspended device included; also write_histogram.
-        read_bytes: bytes of them; also write_bytes.
-        flushes: flushes that succeeded; also discards and zeroes.
-        errors: requests of any kind that failed.
+        read_mask: a read is timed when its number has none of these bits; also write_mask.
     """
 
     __slots__ = (
@@ -48,29 +59,23 @@ class Stats:
         "flushes",
         "read_bytes",
         "read_histogram",
+        "read_mask",
+        "reads",
         "write_bytes",
         "write_histogram",
+        "write_mask",
+        "writes",
         "zeroes",
     )
 
     def __init__(self, device: MappedDevice) -> None:
         self._device = device
-        # Threads add to these without a lock: CPython switches threads at calls and jumps, and
-        # there is none between reading such a number and storing it.
+        # Without a lock, for the reason that Lane gives.
+        self.reads = self.writes = self.flushes = self.discards = self.zeroes = 0
         self.read_bytes = self.write_bytes = self.errors = 0
-        self.flushes = self.discards = self.zeroes = 0
         self.read_histogram = [0] * _BUCKETS
         self.write_histogram = [0] * _BUCKETS
-
-    @property
-    def reads(self) -> int:
-        """Reads that succeeded."""
-        return sum(self.read_histogram)
-
-    @property
-    def writes(self) -> int:
-        """Writes that succeeded."""
-        return sum(self.write_histogram)
+        self.read_mask = self.write_mask = 0
 
     @property
     def in_flight(self) -> int:
@@ -78,7 +83,7 @@ class Stats:
         return self._device.in_flight
 
     def snapshot(self) -> dict[str, int | list[int]]:
-        """Return all of it, by name."""
+        """Return the figures by name."""
         return {
             "reads": self.reads,
             "writes": self.writes,
@@ -101,9 +106,10 @@ class MappedDevice(BlockDevice):
     `resume` puts it to use, `suspend` holds requests back: those under way come to an end, new ones
     wait until `resume`.
 
-    Locks: `_life` lets one thread at a time change this device; `topology`, shared by all devices of
-    a mapper, protects plans, tables and holders and may be taken under `_life`, never the other way
-    round. No I/O is done under `topology`.
+    Locks: `life` lets one thread at a time change this device; `topology`, shared by all devices of
+    a mapper, protects plans, tables and holders and may be taken under `life`, never the other way
+    round. Of two devices' `life`, that of the upper one is taken first. No I/O is done under
+    `topology`.
 
     Args:
         name: as people call it.
@@ -113,6 +119,7 @@ class MappedDevice(BlockDevice):
         release: gives back the devices that a table holds.
 
     Attributes:
+        life: see above.
         holders: the mapped devices whose tables use this one, with how many tables each.
         deferred_remove: it goes when nobody has it open any more.
         on_last_close: called then.
@@ -142,11 +149,13 @@ class MappedDevice(BlockDevice):
         self.event_nr = 0
         self.stats = Stats(self)
         self._openers = 0
-        self._life = threading.RLock()
+        self.life = threading.RLock()
         self._topology = topology
         self._release = release
         self._events = threading.Condition()
         self._plan: Plan = Plan(self, [])
+        # Lanes of plans that have been replaced, as long as somebody is on them.
+        self._retired: set[Lane] = set()
         # Legs whose failure has been logged since the table was put to use.
         self._logged: set[str | None] = set()
 
@@ -161,74 +170,86 @@ class MappedDevice(BlockDevice):
     # Requests
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
-        begun = perf_counter_ns()
+        stats = self.stats
+        timed = not stats.reads & stats.read_mask
+        begun = perf_counter_ns() if timed else 0
         length = len(buffers[0]) if len(buffers) == 1 else total(buffers)
-        # The request path. Every line of it costs all devices; see plan.py for what it does.
-        while True:
-            plan = self._plan
-            segment = plan.segments[bisect_right(plan.ends, offset)]
-            segment.enter()
-            if plan is self._plan:
-                break
-            segment.leave()
+        segment = self._enter(offset)
         try:
-            if offset + length <= segment.end and offset >= 0:
+            whole = offset + length <= segment.end and offset >= 0
+            if whole:
                 segment.preadv(buffers, offset + segment.skew)
-                length_left = 0
-            else:
-                length_left = length
         except OSError as error:
             self._failed(segment, error)
             raise
         finally:
-            segment.leave()
-        if length_left:
-            self._each(
-                offset,
-                length,
-                lambda segment, place, done, piece: segment.preadv(
-                    slices(buffers, done, piece), place
-                ),
-            )
-        stats = self.stats
+            segment.lane.left += 1
+        if not whole:
+            self._read_pieces(buffers, offset, length)
+        stats.reads += 1
         stats.read_bytes += length
-        stats.read_histogram[(perf_counter_ns() - begun).bit_length()] += 1
+        if timed:
+            weight = stats.read_mask + 1
+            stats.read_histogram[(perf_counter_ns() - begun).bit_length()] += weight
+            if stats.reads >= _ALL_TIMED:
+                stats.read_mask = _TIMED_MASK
 
     def pwritev(self, buffers: Buffers, offset: int, *, fua: bool = False) -> None:
-        begun = perf_counter_ns()
+        stats = self.stats
+        timed = not stats.writes & stats.write_mask
+        begun = perf_counter_ns() if timed else 0
         length = len(buffers[0]) if len(buffers) == 1 else total(buffers)
-        # The request path, as above.
-        while True:
-            plan = self._plan
-            segment = plan.segments[bisect_right(plan.ends, offset)]
-            segment.enter()
-            if plan is self._plan:
-                break
-            segment.leave()
+        segment = self._enter(offset)
         try:
             if self.readonly:
                 self._refuse_write(offset)
-            if offset + length <= segment.end and offset >= 0:
+            whole = offset + length <= segment.end and offset >= 0
+            if whole:
                 segment.pwritev(buffers, offset + segment.skew, fua=fua)
-                length_left = 0
-            else:
-                length_left = length
         except OSError as error:
             self._failed(segment, error)
             raise
         finally:
-            segment.leave()
-        if length_left:
-            self._each(
-                offset,
-                length,
-                lambda segment, place, done, piece: segment.pwritev(
-                    slices(buffers, done, piece), place, fua=fua
-                ),
-            )
-        stats = self.stats
+            segment.lane.left += 1
+        if not whole:
+            self._write_pieces(buffers, offset, length, fua)
+        stats.writes += 1
         stats.write_bytes += length
-        stats.write_histogram[(perf_counter_ns() - begun).bit_length()] += 1
+        if timed:
+            weight = stats.write_mask + 1
+            stats.write_histogram[(perf_counter_ns() - begun).bit_length()] += weight
+            if stats.writes >= _ALL_TIMED:
+                stats.write_mask = _TIMED_MASK
+
+    # The segment at an offset, on whose lane the request is from now on.
+    def _enter(self, offset: int) -> Segment:
+        while True:
+            plan = self._plan
+            segment = plan.segments[bisect_right(plan.ends, offset)]
+            segment.lane.entered += 1
+            if plan is self._plan and plan.running:
+                return segment
+            segment.lane.left += 1
+            plan.wait()
+
+    # A request that is not within one segment.
+    def _read_pieces(self, buffers: Buffers, offset: int, length: int) -> None:
+        self._each(
+            offset,
+            length,
+            lambda segment, place, done, piece: segment.preadv(
+                slices(buffers, done, piece), place
+            ),
+        )
+
+    def _write_pieces(self, buffers: Buffers, offset: int, length: int, fua: bool) -> None:
+        self._each(
+            offset,
+            length,
+            lambda segment, place, done, piece: segment.pwritev(
+                slices(buffers, done, piece), place, fua=fua
+            ),
+        )
 
     def discard(self, offset: int, length: int) -> None:
         supported: list[bool] = []
@@ -281,15 +302,16 @@ class MappedDevice(BlockDevice):
         plan = None
         while plan is not self._plan:
             plan = self._plan
-            for segment, devices in plan.flushes():
-                segment.enter()
+            for lane, devices in plan.flushes():
+                lane.entered += 1
                 try:
                     # Begin anew with the plan that there is now: it may have other devices.
-                    if plan is not self._plan:
+                    if plan is not self._plan or not plan.running:
                         break
                     first = _flush(devices) or first
                 finally:
-                    segment.leave()
+                    lane.left += 1
+            plan.wait()
         if first is not None:
             self.stats.errors += 1
             raise first
@@ -308,13 +330,9 @@ class MappedDevice(BlockDevice):
         begin = offset
         end = offset + length
         while offset < end:
-            plan = self._plan
-            segment = plan.segments[bisect_right(plan.ends, offset)]
-            segment.enter()
+            segment = self._enter(offset)
             try:
-                if plan is not self._plan:
-                    continue
-                if begin < 0 or end > plan.size:
+                if begin < 0 or end > self.size:
                     beyond_the_end(self, begin)
                 if writes and self.readonly:
                     self._refuse_write(begin)
@@ -325,7 +343,7 @@ class MappedDevice(BlockDevice):
                 self._failed(segment, error)
                 raise
             finally:
-                segment.leave()
+                segment.lane.left += 1
 
     # Refuse a write to a read-only device.
     def _refuse_write(self, offset: int) -> None:
@@ -346,13 +364,13 @@ class MappedDevice(BlockDevice):
     @property
     def in_flight(self) -> int:
         """Requests that are under way or wait for the device to be resumed."""
-        return self._plan.in_flight
+        return self._plan.in_flight + sum(lane.in_flight for lane in set(self._retired))
 
     # Tables
 
     def load(self, table: Table) -> None:
         """Make a table the inactive one; the one that was there is dropped."""
-        with self._life:
+        with self.life:
             self._alive()
             with self._topology:
                 old, self.inactive = self.inactive, table
@@ -361,7 +379,7 @@ class MappedDevice(BlockDevice):
 
     def clear(self) -> None:
         """Drop the inactive table."""
-        with self._life:
+        with self.life:
             self._alive()
             with self._topology:
                 old, self.inactive = self.inactive, None
@@ -371,13 +389,15 @@ class MappedDevice(BlockDevice):
     def suspend(self, *, noflush: bool = False) -> None:
         """Hold requests back; returns when none is under way.
 
+        As in the kernel nothing is flushed to the devices below: who wants that, flushes first.
+
         Args:
-            noflush: do not flush what has been written.
+            noflush: let targets that hold requests back themselves keep them; none does so far.
         """
-        with self._life:
+        with self.life:
             self._alive()
             if not self.suspended:
-                self._quiesce(noflush=noflush)
+                self._quiesce()
 
     def resume(self) -> None:
         """Put the inactive table to use if there is one, and let requests go on.
@@ -385,7 +405,7 @@ class MappedDevice(BlockDevice):
         Raises:
             OSError: EINVAL when the device is suspended and has no table.
         """
-        with self._life:
+        with self.life:
             self._alive()
             if self.inactive is None and not self.suspended:
                 return
@@ -393,7 +413,7 @@ class MappedDevice(BlockDevice):
             if table is None:
                 raise DeviceError(errno.EINVAL, f"{self.name} has no table to resume")
             if not self.suspended:
-                self._quiesce(noflush=False)
+                self._quiesce()
             for line in table.lines:
                 line.target.event = self.trigger_event
                 line.target.resume()
@@ -407,30 +427,42 @@ class MappedDevice(BlockDevice):
                 self.readonly = table.readonly
                 self._logged.clear()
                 self._compile()
-                self._compile_holders()
+                for holder in self._holders_upward():
+                    holder._compile()
             assert isinstance(gate, Gate)
             gate.open()
             if old is not None and old is not table:
                 self._release(self, old)
 
     # Bring I/O to an end and put up the gate.
-    def _quiesce(self, *, noflush: bool) -> None:
+    def _quiesce(self) -> None:
         targets = [line.target for line in self.live.lines] if self.live else []
         for target in targets:
             target.presuspend()
         with self._topology:
-            self.suspended = True
-            old, self._plan = self._plan, Gate(self)
-            # Whoever passes over this device has to come through it from now on.
-            replaced = self._compile_holders()
-        drain(old.lanes | {lane for lane in replaced if self in lane.passed})
-        if not noflush:
-            error = _flush([device for _, devices in old.flushes() for device in devices])
-            if error is not None:
-                # A device is suspended to be repaired, so a leg that is gone must not prevent it.
-                _log.error("%s: flush before suspend: %s", self.name, error.strerror or error)
+            busy = self._put_up(Gate(self))
+        drain(busy)
         for target in targets:
             target.postsuspend()
+
+    # Put a gate up, under `topology`; returns the lanes of those who may still be on what is below.
+    def _put_up(self, gate: Gate) -> list[Lane]:
+        self.suspended = True
+        replaced, self._plan = self._plan, gate
+        legs = [leg for line in self.live.lines for leg in line.target.legs] if self.live else []
+        self._retire(replaced.lanes | {leg.segment.lane for leg in legs})
+        # Whoever passes over this device has to come through it from now on. Those who are on
+        # their way already are waited for.
+        holders = self._holders_upward()
+        for holder in holders:
+            holder._compile()
+        return list(self._retired) + [
+            lane for holder in holders for lane in holder._retired if self in lane.passed
+        ]
+
+    # Remember the lanes of a plan that has been replaced, as long as there is somebody on them.
+    def _retire(self, lanes: set[Lane]) -> None:
+        self._retired = {lane for lane in self._retired | lanes if lane.in_flight}
 
     @property
     def plan_to_pass(self) -> Plan | None:
@@ -438,8 +470,10 @@ class MappedDevice(BlockDevice):
         passable = self.live is not None and not self.suspended and not self.readonly
         return self._plan if passable else None
 
-    # Make a plan of the live table, under `topology`; returns the lanes that it replaces.
-    def _compile(self) -> set[Lane]:
+    # Make a plan of the live table, under `topology`, if the device runs.
+    def _compile(self) -> None:
+        if self.live is None or self.suspended:
+            return
         replaced = set(self._plan.lanes)
         lanes: dict[frozenset, Lane] = {}
         segments: list[Segment] = []
@@ -459,10 +493,10 @@ class MappedDevice(BlockDevice):
                 replaced.add(leg.segment.lane)
                 leg.segment = found[0]
         self._plan = Plan(self, segments)
-        return replaced
+        self._retire(replaced)
 
-    # Make new plans for all devices above that run, lower ones first, under `topology`.
-    def _compile_holders(self) -> set[Lane]:
+    # All devices above, lower ones first, under `topology`.
+    def _holders_upward(self) -> list[MappedDevice]:
         order: list[MappedDevice] = []
         seen = {self}
 
@@ -474,11 +508,7 @@ class MappedDevice(BlockDevice):
                     order.append(holder)
 
         visit(self)
-        replaced: set[Lane] = set()
-        for holder in reversed(order):
-            if holder.live is not None and not holder.suspended:
-                replaced |= holder._compile()
-        return replaced
+        return order[::-1]
 
     # Openers and events
 
@@ -523,23 +553,22 @@ class MappedDevice(BlockDevice):
             self._events.notify_all()
 
     def wait(self, event_nr: int | None = None, timeout: float | None = None) -> int:
-        """Wait for an event.
+        """Wait for an event, or for the device to be removed.
 
         Args:
-            event_nr: return when the event counter is above this; None for the counter as it is.
+            event_nr: return when the event counter is not this; None for the counter as it is.
             timeout: seconds, None for ever.
 
         Returns:
             The event counter.
 
         Raises:
-            OSError: ETIMEDOUT, or ENXIO when the device was removed meanwhile.
+            OSError: ETIMEDOUT.
         """
         deadline = None if timeout is None else monotonic() + timeout
         with self._events:
             seen = self.event_nr if event_nr is None else event_nr
-            while self.event_nr <= seen:
-                self._alive()
+            while self.event_nr == seen and not self.removed:
                 left = None if deadline is None else deadline - monotonic()
                 if left is not None and left <= 0:
                     raise DeviceError(
@@ -600,10 +629,10 @@ class MappedDevice(BlockDevice):
         Raises:
             OSError: EINVAL when the message is empty or not known, or nothing is at that sector.
         """
-        words = text.split()
+        words = split_args(text)
         if not words:
             raise DeviceError(errno.EINVAL, f"{self.name}: message is empty")
-        with self._life:
+        with self.life:
             self._alive()
             if words[0] == "@cancel_deferred_remove":
                 self.deferred_remove = False
@@ -639,20 +668,24 @@ class MappedDevice(BlockDevice):
 
     # End
 
-    def shut(self, refusal: DeviceError) -> None:
-        """Fail every request from now on, after those under way; wakes up whoever waits."""
+    def refuse(self, refusal: DeviceError) -> None:
+        """Fail those who wait for a suspended device, and whoever comes until it is resumed."""
         with self._topology:
-            old, self._plan = self._plan, Gate(self)
-            self.suspended = True
-            self._plan.refuse(refusal)
-            replaced = self._compile_holders()
-        if isinstance(old, Gate):
-            old.refuse(refusal)
-        drain(old.lanes | {lane for lane in replaced if self in lane.passed})
+            if isinstance(self._plan, Gate):
+                self._plan.refuse(refusal)
+
+    def shut(self, refusal: DeviceError) -> None:
+        """Fail every request from now on; returns when none is under way."""
+        with self._topology:
+            self.refuse(refusal)
+            gate = Gate(self)
+            gate.refuse(refusal)
+            busy = self._put_up(gate)
+        drain(busy)
 
     def close(self) -> None:
         """Drop both tables, after shut()."""
-        with self._life:
+        with self.life:
             with self._topology:
                 self.removed = True
                 tables = [table for table in (self.inactive, self.live) if table is not None]
@@ -663,6 +696,107 @@ class MappedDevice(BlockDevice):
                 self._release(self, table)
         # Outside the locks: whoever waits finds the device gone.
         self.trigger_event()
+
+
+class Opening:
+    """Somebody who has a device open: the shortest way from a client's request to a system call.
+
+    `read` and `write` are what preadv and pwritev of the device do, for one buffer, where that is a
+    request to a file descriptor. What else there is goes to `read_slowly` and `write_slowly`.
+
+    Args:
+        device: the device.
+        largest: bytes of the largest request that need not go the slow way.
+    """
+
+    __slots__ = ("device", "largest")
+
+    def __init__(self, device: MappedDevice, largest: int) -> None:
+        self.device = device
+        self.largest = largest
+
+    def read(self, view: memoryview, offset: int, flags: int = 0) -> None:
+        """Fill a view.
+
+        Args:
+            view: writable, of bytes.
+            offset: bytes from the start of the device, not negative.
+            flags: have no meaning.
+        """
+        device = self.device
+        plan = device._plan
+        segment = plan.segments[bisect_right(plan.ends, offset)]
+        lane = segment.lane
+        stats = device.stats
+        length = len(view)
+        lane.entered += 1
+        if (
+            segment.fd >= 0
+            and plan is device._plan
+            and offset + length <= segment.end
+            and stats.reads & stats.read_mask
+            and length <= self.largest
+        ):
+            try:
+                moved = _preadv(segment.fd, (view,), offset + segment.skew)
+            except OSError:
+                moved = -1
+            lane.left += 1
+            if moved == length:
+                stats.reads += 1
+                stats.read_bytes += length
+                return
+        else:
+            lane.left += 1
+        self.read_slowly(view, offset)
+
+    def write(self, view: memoryview, offset: int, flags: int = 0) -> None:
+        """Write a view.
+
+        Args:
+            view: of bytes.
+            offset: bytes from the start of the device, not negative.
+            flags: not 0 when the bytes must be durable on return.
+        """
+        device = self.device
+        plan = device._plan
+        segment = plan.segments[bisect_right(plan.ends, offset)]
+        lane = segment.lane
+        stats = device.stats
+        length = len(view)
+        lane.entered += 1
+        if (
+            segment.fd >= 0
+            and plan is device._plan
+            and offset + length <= segment.end
+            and stats.writes & stats.write_mask
+            and length <= self.largest
+            and not flags
+            and not device.readonly
+        ):
+            place = offset + segment.skew
+            try:
+                # A write must not make a file longer again that somebody has cut short.
+                inside = _lseek(segment.fd, 0, _SEEK_END) >= place + length
+                moved = _pwrite(segment.fd, view, place) if inside else -1
+            except OSError:
+                moved = -1
+            lane.left += 1
+            if moved == length:
+                stats.writes += 1
+                stats.write_bytes += length
+                return
+        else:
+            lane.left += 1
+        self.write_slowly(view, offset, flags != 0)
+
+    def read_slowly(self, view: memoryview, offset: int) -> None:
+        """Fill a view by the device's own means."""
+        self.device.preadv([view], offset)
+
+    def write_slowly(self, view: memoryview, offset: int, fua: bool) -> None:
+        """Write a view by the device's own means."""
+        self.device.pwritev([view], offset, fua=fua)
 
 
 # Flush devices, all of them, and return the first error.

@@ -10,7 +10,8 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from dmpy.backing import Leaves
@@ -19,6 +20,7 @@ from dmpy.errors import DeviceError, TableError
 from dmpy.mapped import MAJOR, MappedDevice
 from dmpy.table import Table
 from dmpy.target import target_types
+from dmpy.units import SECTOR_SHIFT
 
 __all__ = ["FailedEntry", "Journal", "Mapper"]
 
@@ -84,14 +86,13 @@ class Mapper:
     ) -> None:
         self.device_dirs = list(device_dirs)
         self.failed: list[FailedEntry] = []
+        # Their entries, by minor number: tables that can be rebuilt another day.
+        self._unbuilt: dict[int, dict] = {}
         self.listeners: list[Listener] = []
         self._journal = journal
         self._leaves = leaves or Leaves()
         self._devices: dict[str, MappedDevice] = {}
         self._topology = threading.RLock()
-        # What is noted last must be how things are: held from looking at a device to having noted
-        # it. Taken before `_topology`, after the locks of devices.
-        self._journal_lock = threading.Lock()
         self._closed = False
 
     def __enter__(self) -> Mapper:
@@ -179,9 +180,9 @@ class Mapper:
             self._devices[name] = device
         try:
             if table is not None:
-                device.load(self._parse(device, table, readonly, cwd))
+                self._load(device, table, readonly, cwd)
                 device.resume()
-            self._record(device)
+            self._note(device)
         except BaseException:
             self._unregister(device)
             raise
@@ -202,32 +203,42 @@ class Mapper:
         device = self.device(name)
         if readonly is None:
             readonly = device.readonly
-        device.load(self._parse(device, table, readonly, cwd))
-        self._record(device)
+        loaded = self._parse(device, table, readonly, cwd)
+        try:
+            with self._noting(device, inactive=loaded.text(), inactive_readonly=readonly):
+                device.load(loaded)
+        except BaseException:
+            self._release(device, loaded)
+            raise
         self._tell("loaded", device)
         return device
 
     def clear(self, name: str) -> MappedDevice:
         """Drop the inactive table."""
         device = self.device(name)
-        device.clear()
-        self._record(device)
+        with self._noting(device, inactive=None, inactive_readonly=None):
+            device.clear()
         return device
 
     def suspend(self, name: str, *, noflush: bool = False) -> MappedDevice:
         """Hold requests back, after those under way have ended."""
         device = self.device(name)
-        device.suspend(noflush=noflush)
-        self._record(device)
+        with self._noting(device, suspended=True):
+            device.suspend(noflush=noflush)
         self._tell("suspended", device)
         return device
 
     def resume(self, name: str) -> MappedDevice:
         """Put the inactive table to use if there is one, and let requests go on."""
         device = self.device(name)
-        device.resume()
+        with device.life:
+            after = {"suspended": False, "inactive": None, "inactive_readonly": None}
+            if device.inactive is not None:
+                after["live"] = device.inactive.text()
+                after["readonly"] = device.inactive.readonly
+            with self._noting(device, **after):
+                device.resume()
         self._forget_failure(device.minor)
-        self._record(device)
         self._tell("resumed", device)
         return device
 
@@ -240,7 +251,7 @@ class Mapper:
             self._devices[new_name] = self._devices.pop(name)
             device.name = new_name
         try:
-            self._record(device)
+            self._note(device)
         except OSError:
             with self._topology:
                 self._devices[name] = self._devices.pop(new_name)
@@ -260,7 +271,7 @@ class Mapper:
             self._free_uuid(uuid)
             device.uuid = uuid
         try:
-            self._record(device)
+            self._note(device)
         except OSError:
             device.uuid = ""
             raise
@@ -292,18 +303,16 @@ class Mapper:
             return
         device = self.device(name)
         if force and device.live is not None:
-            sectors = device.live.size >> 9
-            device.load(self._parse(device, f"0 {sectors} error", device.readonly, None))
+            sectors = device.live.size >> SECTOR_SHIFT
+            self._load(device, f"0 {sectors} error", device.readonly, None)
             device.suspend(noflush=True)
             device.resume()
         with self._topology:
-            if device.open_count:
-                if not deferred:
-                    raise DeviceError(errno.EBUSY, f"device {name} is in use {_by_whom(device)}")
+            if device.open_count and deferred:
                 device.deferred_remove = True
                 return
-            self._refuse_requests(device)
-        self._remove(device)
+            self._take_out(device)
+        self._take_down(device)
 
     # Remove an entry of the journal of which not even a device could be made.
     def _remove_damaged(self, name: str) -> bool:
@@ -320,26 +329,40 @@ class Mapper:
         with self._topology:
             if device.removed or device.open_count or not device.deferred_remove:
                 return
-            self._refuse_requests(device)
-        self._remove(device)
+            self._take_out(device)
+        self._take_down(device)
 
     # Take a device that nobody uses out of the registry, under the lock.
-    def _refuse_requests(self, device: MappedDevice) -> None:
+    def _take_out(self, device: MappedDevice) -> None:
+        if device.removed:
+            raise DeviceError(errno.ENXIO, f"device {device.name} is gone")
+        if device.open_count:
+            raise DeviceError(errno.EBUSY, f"device {device.name} is in use {_by_whom(device)}")
         device.removed = True
         del self._devices[device.name]
 
     # Take down a device that is out of the registry.
-    def _remove(self, device: MappedDevice) -> None:
+    def _take_down(self, device: MappedDevice) -> None:
+        try:
+            with device.life:
+                self._forget(device.minor)
+        except BaseException:
+            # It would come back at the next start, so it may as well stay.
+            with self._topology:
+                device.removed = False
+                self._devices[device.name] = device
+            raise
         self._shut_and_close(device)
         self._forget_failure(device.minor)
-        self._forget(device.minor)
         self._tell("removed", device)
 
     # Undo create().
     def _unregister(self, device: MappedDevice) -> None:
         with self._topology:
             device.removed = True
-            self._devices.pop(device.name, None)
+            # Somebody may have removed it already, and made another of that name.
+            if self._devices.get(device.name) is device:
+                del self._devices[device.name]
         self._shut_and_close(device)
 
     # End a device's requests, then drop its tables.
@@ -358,16 +381,21 @@ class Mapper:
                 return
             self._closed = True
             devices = _top_down(self._devices.values())
+        goodbye = {
+            device: DeviceError(
+                errno.ESHUTDOWN, f"{device.name}: shutting down", device=device.name
+            )
+            for device in devices
+        }
+        # 1. Nobody waits any more, or the flushes would wait as well.
+        for device in devices:
+            device.refuse(goodbye[device])
+        # 2. What was written becomes durable, upper devices first. 3. No more requests.
         first: OSError | None = None
         for device in devices:
-            try:
-                if not device.suspended and device.live is not None:
-                    device.flush()
-            except OSError as error:
-                first = first or error
-            device.shut(
-                DeviceError(errno.ESHUTDOWN, f"{device.name}: shutting down", device=device.name)
-            )
+            first = _flushed(device) or first
+            device.shut(goodbye[device])
+        # 4. Everything is given back.
         for device in devices:
             device.close()
         self._leaves.close()
@@ -411,15 +439,34 @@ class Mapper:
     def _parse(
         self, device: MappedDevice, text: str, readonly: bool, cwd: str | None
     ) -> Table:
+        folder = cwd or os.getcwd()
         opened: list[BlockDevice] = []
+        known: dict[str, BlockDevice] = {}
 
         def open_device(word: str) -> BlockDevice:
-            return self._open(device, word, readonly, cwd or os.getcwd(), opened)
+            below = known.get(word)
+            if below is None:
+                below = self._open(device, word, readonly, folder, opened)
+                # Memory is new each time it is named.
+                if not word.startswith("mem:"):
+                    known[word] = below
+            return below
 
         try:
             return Table.parse(text, open_device, readonly=readonly)
         except BaseException:
             self._release_devices(device, opened)
+            raise
+
+    # Load a table that is no news to the journal yet.
+    def _load(
+        self, device: MappedDevice, text: str, readonly: bool, cwd: str | None
+    ) -> None:
+        table = self._parse(device, text, readonly, cwd)
+        try:
+            device.load(table)
+        except BaseException:
+            self._release(device, table)
             raise
 
     # The device that a word in a table names. Each is held once a table, however often named.
@@ -437,14 +484,9 @@ class Mapper:
                 # A device may be called like the file that it is made of.
                 below = None
             if below is not None:
-                if below in opened:
-                    return below
-                _refuse_loop(device, below)
-                _refuse_depth(device, below)
-                if below.readonly and not readonly:
-                    raise DeviceError(errno.EACCES, f"{word}: device {below.name} is read-only")
-                below.holders[device] += 1
-                opened.append(below)
+                if below not in opened:
+                    self._hold(device, below, readonly)
+                    opened.append(below)
                 return below
         leaf = self._leaves.open(word, readonly=readonly, cwd=cwd)
         if leaf in opened:
@@ -452,6 +494,14 @@ class Mapper:
         else:
             opened.append(leaf)
         return leaf
+
+    # Hold a device for a table of another, under the lock.
+    def _hold(self, device: MappedDevice, below: MappedDevice, readonly: bool) -> None:
+        _refuse_loop(device, below)
+        _refuse_depth(device, below)
+        if below.readonly and not readonly:
+            raise DeviceError(errno.EACCES, f"device {below.name} is read-only")
+        below.holders[device] += 1
 
     # The mapped device that a word names: maj:min, /dev/mapper/NAME, or its name.
     def _named(self, word: str) -> MappedDevice | None:
@@ -481,11 +531,12 @@ class Mapper:
 
     # The journal
 
-    # Note a device as it is now.
-    def _record(self, device: MappedDevice) -> None:
+    # Note a device as it is, or as it is about to be.
+    def _note(self, device: MappedDevice, **after: object) -> None:
         if self._journal is None:
             return
-        with self._journal_lock:
+        # Under `life`, so that what is noted last is how things are.
+        with device.life:
             with self._topology:
                 if device.removed:
                     return
@@ -500,13 +551,29 @@ class Mapper:
                     "inactive": inactive.text() if inactive else None,
                     "inactive_readonly": inactive.readonly if inactive else None,
                 }
-            self._journal.record(entry)
+                unbuilt = self._unbuilt.get(device.minor)
+                if unbuilt is not None and live is None:
+                    entry["live"] = unbuilt["live"]
+                if unbuilt is not None and inactive is None:
+                    entry["inactive"] = unbuilt["inactive"]
+                    entry["inactive_readonly"] = unbuilt["inactive_readonly"]
+            self._journal.record(entry | after)
+
+    # Change a device inside: first the journal, so that nothing has changed when that fails.
+    @contextmanager
+    def _noting(self, device: MappedDevice, **after: object) -> Iterator[None]:
+        with device.life:
+            self._note(device, **after)
+            try:
+                yield
+            except BaseException:
+                self._note(device)
+                raise
 
     # Drop a device from the journal.
     def _forget(self, minor: int) -> None:
         if self._journal is not None:
-            with self._journal_lock:
-                self._journal.forget(minor)
+            self._journal.forget(minor)
 
     def restore(self) -> None:
         """Rebuild the devices of the journal; what cannot be rebuilt is in `failed` afterwards."""
@@ -549,11 +616,10 @@ class Mapper:
     def _rebuild(self, device: MappedDevice, entry: dict, reasons: dict[int, str]) -> bool:
         try:
             if entry["live"] is not None and device.live is None:
-                device.load(self._parse(device, entry["live"], entry["readonly"], "/"))
+                self._load(device, entry["live"], entry["readonly"], "/")
                 device.resume()
             if entry["inactive"] is not None:
-                readonly = entry["inactive_readonly"]
-                device.load(self._parse(device, entry["inactive"], readonly, "/"))
+                self._load(device, entry["inactive"], entry["inactive_readonly"], "/")
         except (TableError, OSError) as error:
             reasons[device.minor] = str(error)
             return False
@@ -564,10 +630,13 @@ class Mapper:
         name = entry["name"] or f"{MAJOR}:{entry['minor']}"
         _log.error("%s: cannot be rebuilt: %s", name, reason)
         self.failed.append(FailedEntry(name, entry["uuid"], entry["minor"], reason))
+        if "error" not in entry:
+            self._unbuilt[entry["minor"]] = entry
 
     # A device that has been made to work, or removed, has not failed.
     def _forget_failure(self, minor: int) -> None:
         self.failed = [entry for entry in self.failed if entry.minor != minor]
+        self._unbuilt.pop(minor, None)
 
     # Tell everybody what happened.
     def _tell(self, event: str, device: MappedDevice) -> None:
@@ -597,27 +666,27 @@ def _check_uuid(uuid: str) -> None:
         )
 
 
-# Refuse a table through which a device would reach itself, under the lock.
+# Refuse a table through which a device would reach itself, under the lock. Holders are looked at
+# rather than tables, since a table that somebody else is about to load has holders already.
 def _refuse_loop(device: MappedDevice, below: MappedDevice) -> None:
-    path = _path(below, device, set())
-    if path is not None:
-        way = " -> ".join(step.name for step in [device, *path])
-        raise DeviceError(errno.ELOOP, f"{below.name}: mapped to itself ({way})")
+    way = _way_up(device, below, set())
+    if way is not None:
+        path = " -> ".join(step.name for step in [device, *reversed(way)])
+        raise DeviceError(errno.ELOOP, f"{below.name}: mapped to itself ({path})")
 
 
-# The way down from a device to another, through live and inactive tables, or None.
-def _path(
+# The way up from a device to another, through those that hold it, or None.
+def _way_up(
     start: MappedDevice, goal: MappedDevice, seen: set[MappedDevice]
 ) -> list[MappedDevice] | None:
     if start is goal:
         return [start]
     seen.add(start)
-    for table in (start.live, start.inactive):
-        for lower in table.devices if table else ():
-            if isinstance(lower, MappedDevice) and lower not in seen:
-                rest = _path(lower, goal, seen)
-                if rest is not None:
-                    return [start, *rest]
+    for holder in start.holders:
+        if holder not in seen:
+            rest = _way_up(holder, goal, seen)
+            if rest is not None:
+                return [start, *rest]
     return None
 
 
@@ -659,6 +728,24 @@ def _by_whom(device: MappedDevice) -> str:
     users = [f"by {', '.join(holders)}"] if holders else []
     users += [f"by {clients} client{'s' * (clients > 1)}"] if clients else []
     return " and ".join(users)
+
+
+# Flush a device that is about to be closed, and return what went wrong. What is written through a
+# suspended device was flushed then, or is still in its leaves.
+def _flushed(device: MappedDevice) -> OSError | None:
+    table = device.live
+    if table is None:
+        return None
+    below = [device] if not device.suspended else table.devices
+    first: OSError | None = None
+    for each in below:
+        try:
+            if each is device or not isinstance(each, MappedDevice):
+                each.flush()
+        except OSError as error:
+            if error.errno != errno.ESHUTDOWN:
+                first = first or error
+    return first
 
 
 # Devices in an order in which holders come before what they hold.

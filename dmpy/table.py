@@ -84,33 +84,30 @@ class Table:
 
         Args:
             text: the table.
-            open_device: gives the device that a word names, or raises OSError. It is asked once
-                for each word.
+            open_device: gives the device that a word names, or raises OSError.
             readonly: the table is for a read-only device.
 
         Raises:
             TableError: the text is no table that the kernel would load.
         """
-        opened: dict[str, BlockDevice] = {}
+        opened: dict[int, BlockDevice] = {}
 
-        def open_once(word: str) -> BlockDevice:
-            device = opened.get(word)
-            if device is None:
-                device = opened[word] = open_device(word)
+        def open_noted(word: str) -> BlockDevice:
+            device = open_device(word)
+            opened[id(device)] = device
             return device
 
         lines: list[Line] = []
         end = 0
         for number, text_line in _text_lines(text):
-            line = _parse_line(text_line, number, end, open_once)
+            line = _parse_line(text_line, number, end, open_noted)
             end = line.begin + line.len
             lines.append(line)
             if len(lines) > MOST_LINES:
                 raise TableError(f"table has more than {MOST_LINES} lines")
         if not lines:
             raise TableError("table has no lines")
-        devices = list({id(device): device for device in opened.values()}.values())
-        return cls(lines, devices=devices, readonly=readonly)
+        return cls(lines, devices=list(opened.values()), readonly=readonly)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Table):
@@ -222,6 +219,13 @@ def _parse_line(
     args = Args(words[3:], open_device, line=number, target=name)
     target = target_type.parse(args, length << SECTOR_SHIFT)
     args.end()
+    block = target.block_size.minimum
+    if ((begin | length) << SECTOR_SHIFT) % block:
+        args.fail(
+            f"begin and len must be multiples of the legs' blocks of {block} bytes "
+            f"(got {begin} and {length} sectors)",
+            "len",
+        )
     return Line(begin, length, target)
 
 
@@ -237,7 +241,8 @@ def _sectors(name: str, word: str, number: int) -> int:
 def split_args(text: str) -> list[str]:
     """Split a line into words and take the quoting away."""
     if text.isprintable() and text.isascii() and "\\" not in text:
-        return text.split(" ") if "  " not in text else text.split()
+        # There is no white space but blanks then, and what split() would take for white space too.
+        return text.split()
     return [_QUOTED.sub(r"\1", word) for word in _WORD.findall(text)]
 
 

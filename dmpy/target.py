@@ -89,13 +89,12 @@ class Leg:
 
     # The segment to use, with its lane entered.
     def _enter(self) -> Segment:
-        segment = self.segment
-        segment.enter()
-        while segment is not self.segment:
-            segment.leave()
+        while True:
             segment = self.segment
-            segment.enter()
-        return segment
+            segment.lane.entered += 1
+            if segment is self.segment:
+                return segment
+            segment.lane.left += 1
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
         """Read as BlockDevice.preadv() does."""
@@ -103,7 +102,7 @@ class Leg:
         try:
             segment.preadv(buffers, offset + segment.skew)
         finally:
-            segment.leave()
+            segment.lane.left += 1
 
     def pwritev(self, buffers: Buffers, offset: int, *, fua: bool = False) -> None:
         """Write as BlockDevice.pwritev() does."""
@@ -111,7 +110,7 @@ class Leg:
         try:
             segment.pwritev(buffers, offset + segment.skew, fua=fua)
         finally:
-            segment.leave()
+            segment.lane.left += 1
 
     def flush(self) -> None:
         """Flush the whole device below."""
@@ -119,7 +118,7 @@ class Leg:
         try:
             segment.device.flush()
         finally:
-            segment.leave()
+            segment.lane.left += 1
 
     def discard(self, offset: int, length: int) -> None:
         """Discard as BlockDevice.discard() does."""
@@ -127,7 +126,7 @@ class Leg:
         try:
             segment.device.discard(offset + segment.skew, length)
         finally:
-            segment.leave()
+            segment.lane.left += 1
 
     def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
@@ -139,7 +138,7 @@ class Leg:
                 offset + segment.skew, length, may_unmap=may_unmap, fast_only=fast_only
             )
         finally:
-            segment.leave()
+            segment.lane.left += 1
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """Return the extents of a piece, in bytes from the start of the leg."""
@@ -151,7 +150,7 @@ class Leg:
                 for extent in segment.device.extents(offset + skew, length)
             ]
         finally:
-            segment.leave()
+            segment.lane.left += 1
 
     def table(self) -> str:
         """Return the leg as a table has it: device and start sector."""

@@ -164,17 +164,6 @@ def test_suspend_waits_for_the_requests_that_are_under_way():
     assert device.suspended
 
 
-def test_suspend_flushes_unless_told_not_to():
-    leaf = FaultyDevice(PatternDevice(4096))
-    device = Mapper(leaves=Words(leaf=leaf)).create("d", "0 8 linear leaf 0")
-    before = leaf.calls["flush"]
-    device.suspend(noflush=True)
-    assert leaf.calls["flush"] == before
-    device.resume()
-    device.suspend()
-    assert leaf.calls["flush"] == before + 1
-
-
 def test_a_suspended_leg_stops_only_the_requests_that_need_it(dm):
     dm.create("a", "0 64 linear mem:32K 0")
     dm.create("b", "0 64 linear mem:32K 0")
@@ -285,6 +274,7 @@ def test_wait_returns_at_the_next_event(dm):
     thread.join(5)
     assert seen == [1]
     assert device.wait(0) == 1
+    assert device.wait(99) == 1
     with pytest.raises(OSError) as refusal:
         device.wait(timeout=0.01)
     assert refusal.value.errno == errno.ETIMEDOUT
@@ -292,11 +282,12 @@ def test_wait_returns_at_the_next_event(dm):
 
 def test_wait_ends_when_the_device_is_removed(dm):
     device = dm.create("d", "0 8 zero")
-    thread, raised = in_background(lambda: device.wait(5, timeout=5))
+    thread, raised = in_background(lambda: device.wait(timeout=60))
     until(lambda: device._events._waiters)
     dm.remove("d")
     thread.join(5)
-    assert raised[0].errno == errno.ENXIO
+    assert not thread.is_alive()
+    assert not raised
 
 
 def test_messages_find_their_target(dm):

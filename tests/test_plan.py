@@ -1,5 +1,6 @@
 """Lanes, segments, and what a plan makes of the tables below it."""
 
+import sys
 import threading
 
 import pytest
@@ -27,22 +28,41 @@ def shape(device):
 def test_a_lane_counts_who_is_on_it():
     lane = Lane()
     assert lane.in_flight == 0
-    lane.enter()
-    lane.enter()
+    lane.entered += 2
     assert lane.in_flight == 2
-    lane.leave()
-    lane.leave()
+    lane.left += 2
     assert lane.in_flight == 0
+
+
+def test_a_lane_loses_no_count_to_other_threads():
+    lane = Lane()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def hurry():
+        for _ in range(50_000):
+            lane.entered += 1
+            lane.left += 1
+
+    try:
+        threads = [threading.Thread(target=hurry) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert (lane.entered, lane.left) == (200_000, 200_000)
 
 
 def test_drain_waits_until_the_last_one_has_left():
     lane = Lane()
-    lane.enter()
+    lane.entered += 1
     drained = threading.Event()
     thread = threading.Thread(target=lambda: (drain({lane}), drained.set()))
     thread.start()
     assert not drained.wait(0.02)
-    lane.leave()
+    lane.left += 1
     assert drained.wait(5)
     thread.join()
 
@@ -59,7 +79,7 @@ def test_neighbours_that_are_one_stretch_below_become_one_segment():
 def test_whoever_waits_at_a_gate_goes_on_when_it_opens():
     gate = Gate(open_leaf("mem:64K"))
     passed = threading.Event()
-    thread = threading.Thread(target=lambda: (gate.segments[0].enter(), passed.set()))
+    thread = threading.Thread(target=lambda: (gate.wait(), passed.set()))
     thread.start()
     assert not passed.wait(0.02)
     assert gate.in_flight == 1
@@ -73,7 +93,7 @@ def test_a_gate_that_refuses_fails_whoever_comes():
     gate = Gate(open_leaf("mem:64K"))
     gate.refuse(DeviceError(5, "no way"))
     with pytest.raises(OSError, match="no way"):
-        gate.segments[0].enter()
+        gate.wait()
     assert gate.in_flight == 0
 
 

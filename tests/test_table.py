@@ -5,6 +5,7 @@ import time
 import pytest
 
 from dmpy.backing import open_leaf
+from dmpy.device import BlockSize
 from dmpy.errors import TableError
 from dmpy.table import (
     ConciseDevice,
@@ -104,16 +105,20 @@ def test_a_quoted_word_is_found_whole(word):
     assert split_args(f"x {escape(word)} y") == ["x", word, "y"]
 
 
-def test_a_device_is_opened_once_however_often_it_is_named():
-    opened = []
+def test_a_table_knows_the_devices_that_it_holds():
+    leaf = open_leaf("mem:64K")
+    other = open_leaf("mem:64K")
+    words = {"x": leaf, "y": other}
+    table = Table.parse("0 8 linear x 0\n8 8 linear y 8\n16 8 linear x 8", words.__getitem__)
+    assert table.devices == [leaf, other]
 
-    def open_device(word):
-        opened.append(word)
-        return open_leaf(word)
 
-    table = Table.parse("0 8 linear mem:64K 0\n8 8 linear mem:64K 8", open_device)
-    assert opened == ["mem:64K"]
-    assert len(table.devices) == 1
+def test_lines_that_cut_the_blocks_of_a_leg_are_refused():
+    leaf = open_leaf("mem:64K")
+    leaf.block_size = BlockSize(4096, 4096)
+    for text in ("0 8 linear x 0\n8 9 linear x 0", "0 1 zero\n1 8 linear x 0"):
+        with pytest.raises(TableError, match="blocks of 4096 bytes"):
+            Table.parse(text, lambda word: leaf)
 
 
 def test_a_long_table_loads_in_a_time_that_grows_with_its_length():

@@ -71,6 +71,7 @@ class FileLeaf(BlockDevice):
         readonly: open for reading only.
 
     Attributes:
+        fd: the descriptor; its number stays the same until close().
         identity: equal for two leaves exactly when they are the same file.
 
     Raises:
@@ -85,7 +86,7 @@ class FileLeaf(BlockDevice):
         self.name = name
         self.readonly = readonly
         self._path = path
-        self._fd = _opened(name, path, self._flags(readonly))
+        self.fd = _opened(name, path, self._flags(readonly))
         # After an upgrade: the descriptor that was opened first and carries the lock or claim.
         self._lock_fd = -1
         # The errno of the flush that failed, 0 while none has.
@@ -93,8 +94,8 @@ class FileLeaf(BlockDevice):
         # The flag of durable writes, 0 once the file system has refused it.
         self._dsync = os.RWF_DSYNC
         try:
-            self._claim(self._fd, exclusive=not readonly)
-            self._check_node(os.fstat(self._fd))
+            self._claim(self.fd, exclusive=not readonly)
+            self._check_node(os.fstat(self.fd))
             self.refresh()
         except BaseException:
             self.close()
@@ -107,7 +108,7 @@ class FileLeaf(BlockDevice):
 
     def refresh(self) -> None:
         """Read the size anew; called when a table is loaded, so that a file that grew is seen."""
-        status = os.fstat(self._fd)
+        status = os.fstat(self.fd)
         self.size = round_down(status.st_size, SECTOR_SIZE)
         self.block_size = BlockSize(1, _preferred(status.st_blksize))
 
@@ -123,15 +124,15 @@ class FileLeaf(BlockDevice):
         # 1. Open the same file for writing, whatever its name is by now (so not by path; and
         #    without O_EXCL, as the claim on a block device is ours already). Nothing has changed
         #    when that is refused.
-        writable = _opened(self.name, f"/proc/self/fd/{self._fd}", os.O_CLOEXEC | os.O_RDWR)
+        writable = _opened(self.name, f"/proc/self/fd/{self.fd}", os.O_CLOEXEC | os.O_RDWR)
         lock = -1
         try:
             # 2. Lock for writing. The descriptor that holds the lock is kept beside the new one,
             #    so that there is no moment without.
-            self._claim(self._fd, exclusive=True)
-            lock = os.dup(self._fd)
+            self._claim(self.fd, exclusive=True)
+            lock = os.dup(self.fd)
             # 3. Replace the descriptor under its number, in one step that readers do not see.
-            os.dup2(writable, self._fd, inheritable=False)
+            os.dup2(writable, self.fd, inheritable=False)
         except BaseException:
             if lock >= 0:
                 os.close(lock)
@@ -148,7 +149,7 @@ class FileLeaf(BlockDevice):
             OSError: EIO where the file ends before the device does.
         """
         try:
-            moved = _preadv(self._fd, buffers, offset)
+            moved = _preadv(self.fd, buffers, offset)
         except OSError as error:
             moved = self._failed_read(error, buffers)
         # Fast path: one buffer, one call, nothing missing.
@@ -166,9 +167,9 @@ class FileLeaf(BlockDevice):
         try:
             # A write past the end of a file that was cut short would make it longer without a
             # word. One lseek (0.2 us) is the cheapest way to know; fstat costs three times that.
-            if self._can_shrink and _lseek(self._fd, 0, os.SEEK_END) < offset + length:
+            if self._can_shrink and _lseek(self.fd, 0, os.SEEK_END) < offset + length:
                 self._fail_short("write", offset, length)
-            moved = _pwritev(self._fd, buffers, offset, self._dsync if fua else 0)
+            moved = _pwritev(self.fd, buffers, offset, self._dsync if fua else 0)
         except OSError as error:
             moved = self._failed_write(error, buffers, fua)
         if moved != length:
@@ -187,10 +188,10 @@ class FileLeaf(BlockDevice):
             self._fail(errno.EIO, reason)
         if self.readonly:
             return
-        if self._fd < 0:
+        if self.fd < 0:
             self._fail(errno.EBADF, "closed")
         try:
-            os.fdatasync(self._fd)
+            os.fdatasync(self.fd)
         except OSError as error:
             self._lost = error.errno
             self._fail_io(error, "flush")
@@ -222,7 +223,7 @@ class FileLeaf(BlockDevice):
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Tell data from holes by SEEK_DATA and SEEK_HOLE."""
-        fd = self._fd
+        fd = self.fd
         end = offset + length
         # Beyond the end of a file cut short reads fail: no hole, or nobody would try to read it.
         file_end = min(end, _lseek(fd, 0, os.SEEK_END))
@@ -241,8 +242,8 @@ class FileLeaf(BlockDevice):
 
     def close(self) -> None:
         """Give back the file and its lock; no request may be in flight."""
-        descriptors = (self._fd, self._lock_fd)
-        self._fd = self._lock_fd = -1
+        descriptors = (self.fd, self._lock_fd)
+        self.fd = self._lock_fd = -1
         for fd in descriptors:
             if fd >= 0:
                 os.close(fd)
@@ -279,7 +280,7 @@ class FileLeaf(BlockDevice):
         if not self._can_shrink:
             return
         try:
-            end = _lseek(self._fd, 0, os.SEEK_END)
+            end = _lseek(self.fd, 0, os.SEEK_END)
         except OSError as error:
             self._fail_io(error, f"request of {length} bytes")
         if end < offset + length:
@@ -304,7 +305,7 @@ class FileLeaf(BlockDevice):
         if fua and self._dsync and error.errno == errno.EOPNOTSUPP:
             self._dsync = 0
             return 0
-        if fua and self._fd >= 0 and error.errno not in _NOT_LOST:
+        if fua and self.fd >= 0 and error.errno not in _NOT_LOST:
             # It may have taken the kernel's only report of lost pages from the next flush.
             self._lost = self._lost or error.errno
         self._fail_io(error, f"write of {total(buffers)} bytes")
@@ -315,7 +316,7 @@ class FileLeaf(BlockDevice):
         while moved < length:
             rest = slices(buffers, moved, length - moved)[:_IOV_MAX]
             try:
-                count = _preadv(self._fd, rest, offset + moved)
+                count = _preadv(self.fd, rest, offset + moved)
             except OSError as error:
                 count = self._failed_read(error, rest)
             if not count:
@@ -329,7 +330,7 @@ class FileLeaf(BlockDevice):
         while moved < length:
             rest = slices(buffers, moved, length - moved)[:_IOV_MAX]
             try:
-                moved += _pwritev(self._fd, rest, offset + moved, self._dsync if fua else 0)
+                moved += _pwritev(self.fd, rest, offset + moved, self._dsync if fua else 0)
             except OSError as error:
                 moved += self._failed_write(error, rest, fua)
 
@@ -349,7 +350,7 @@ class FileLeaf(BlockDevice):
     def _allocate(self, mode: int, offset: int, length: int) -> bool:
         if not length:
             return True
-        while _fallocate(self._fd, mode, offset, length):
+        while _fallocate(self.fd, mode, offset, length):
             code = ctypes.get_errno()
             if code in _UNSUPPORTED:
                 return False
@@ -359,7 +360,7 @@ class FileLeaf(BlockDevice):
 
     # Raise what a system call said about a request.
     def _fail_io(self, error: OSError, request: str) -> NoReturn:
-        if self._fd < 0:
+        if self.fd < 0:
             self._fail(errno.EBADF, "closed")
         if error.errno == errno.EBADF:
             self._check_writable()
@@ -367,7 +368,7 @@ class FileLeaf(BlockDevice):
 
     # Raise what a request that meets the end of the file gets.
     def _fail_short(self, verb: str, offset: int, length: int) -> NoReturn:
-        end = os.fstat(self._fd).st_size
+        end = os.fstat(self.fd).st_size
         reason = f"{verb} of {length} bytes at byte {offset}: the file now ends at byte {end}"
         raise DeviceError(errno.EIO, f"{self.name}: {reason}", device=self.name, offset=offset)
 
@@ -397,9 +398,9 @@ class BlockLeaf(FileLeaf):
 
     def refresh(self) -> None:
         """Read size and block size anew."""
-        self.size = _query(self._fd, _BLKGETSIZE64, "=Q")
-        physical = _query(self._fd, _BLKPBSZGET, "=I")
-        self._logical = _query(self._fd, _BLKSSZGET, "=i")
+        self.size = _query(self.fd, _BLKGETSIZE64, "=Q")
+        physical = _query(self.fd, _BLKPBSZGET, "=I")
+        self._logical = _query(self.fd, _BLKSSZGET, "=i")
         self._can_zero = _queue_limit(self._number, "write_zeroes_max_bytes") > 0
         # The page cache takes any byte; whole physical blocks save it from reading first.
         self.block_size = BlockSize(1, _preferred(physical))
@@ -416,7 +417,7 @@ class BlockLeaf(FileLeaf):
         if length <= 0:
             return
         try:
-            fcntl.ioctl(self._fd, _BLKDISCARD, struct.pack("=QQ", begin, length))
+            fcntl.ioctl(self.fd, _BLKDISCARD, struct.pack("=QQ", begin, length))
         except OSError as error:
             self._fail_io(error, f"discard of {length} bytes")
 

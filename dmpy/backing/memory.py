@@ -49,13 +49,13 @@ class MemoryLeaf(FileLeaf):
         self.identity = ("memory", object())
         self._lock_fd = -1
         self._lost = 0
-        self._fd = os.memfd_create("dmpy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._fd, size)
+        self.fd = os.memfd_create("dmpy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, size)
         # Nobody can change the size from now on, so that writes need not look.
-        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         if readonly:
-            writable = self._fd
-            self._fd = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
+            writable = self.fd
+            self.fd = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
             os.close(writable)
 
     @property

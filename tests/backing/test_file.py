@@ -640,9 +640,9 @@ def test_a_closed_leaf_says_so(tmp_path):
 
 def test_its_descriptor_is_not_inherited(tmp_path):
     leaf = open_leaf(make(tmp_path / "a.img"), readonly=True)
-    assert not os.get_inheritable(leaf._fd)
+    assert not os.get_inheritable(leaf.fd)
     leaf.make_writable()
-    assert not os.get_inheritable(leaf._fd)
+    assert not os.get_inheritable(leaf.fd)
     assert not os.get_inheritable(leaf._lock_fd)
     leaf.close()
 

@@ -37,9 +37,9 @@ def test_room_is_taken_only_where_it_was_written():
         Extent(40 << 40, 4096, DATA),
         Extent((40 << 40) + 4096, (24 << 40) - 4096, HOLE),
     ]
-    assert os.fstat(leaf._fd).st_blocks == 8
+    assert os.fstat(leaf.fd).st_blocks == 8
     leaf.discard(0, 64 << 40)
-    assert os.fstat(leaf._fd).st_blocks == 0
+    assert os.fstat(leaf.fd).st_blocks == 0
     leaf.close()
 
 
