@@ -236,6 +236,8 @@ def _attach_file(record: dict, folder: Path, source: _Source) -> None:
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise OSError(errno.ENODEV, "/dev/fuse is missing or closed to this user (a container "
                       "needs --device /dev/fuse)")
+    if os.geteuid() != 0:
+        _unmount_program()                              # libfuse mounts by the same one
     place = _place(folder, record["name"])
     place.mkdir(mode=0o700, exist_ok=True)
     file = place / "disk"
@@ -341,10 +343,11 @@ def _remove_file(record: dict, forced: bool) -> None:
 def _unmount_command(file: str, *, lazy: bool) -> list[str]:
     if os.geteuid() == 0:
         return [_need("umount", "mount"), *(["-l"] if lazy else []), file]
-    program = _tool("fusermount3") or _tool("fusermount")
-    if not program:
-        raise OSError(errno.ENOENT, "fusermount3 is not installed (package fuse3)")
-    return [program, "-u", *(["-z"] if lazy else []), file]
+    return [_unmount_program(), "-u", *(["-z"] if lazy else []), file]
+
+
+def _unmount_program() -> str:
+    return _tool("fusermount") or _need("fusermount3", "fuse3")
 
 
 # Raise EBUSY, saying who, while a node is mounted, held by another device, or open.

@@ -251,6 +251,16 @@ def test_without_nbdfuse_it_says_which_package_has_it(monkeypatch, tmp_path):
         attach.attach("m", tmp_path / "s", tmp_path / "run", as_file=True)
 
 
+def test_without_root_and_fusermount_it_says_which_package_has_it(monkeypatch, tmp_path):
+    found = attach._tool
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(attach, "_tool", lambda program: None if "fusermount" in program else
+                        found(program) or f"/usr/bin/{program}")
+    with pytest.raises(FileNotFoundError, match=r"fusermount3 is not installed \(package fuse3"):
+        attach.attach("m", tmp_path / "s", tmp_path / "run", as_file=True)
+    assert [path.name for path in (tmp_path / "run" / "attached").iterdir()] == ["lock"]
+
+
 def test_export_uris_quote_what_has_a_meaning():
     assert attach.export_uri("a b/c?", "/run/x y.sock") == (
         "nbd+unix:///a%20b%2Fc%3F?socket=/run/x%20y.sock")
