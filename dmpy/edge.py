@@ -28,8 +28,8 @@ _MINIMUM_LIMIT = 64 << 10
 _PREFERRED_RANGE = 512, 32 << 20
 _REQUEST_LIMIT = 64 << 20
 
-# One answer to a block status request has at most so many extents, and the device is asked about so
-# many bytes at a time: a client asks again from where the answer ends, and no answer takes long.
+# One answer to a block status request has at most so many extents, and the device is asked about
+# so many bytes at a time: a client asks again from where it ends, and no answer takes long.
 _EXTENTS_IN_REPLY = 8192
 _EXTENTS_WINDOW = 64 << 20
 

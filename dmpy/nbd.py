@@ -135,7 +135,7 @@ class Plugin:
         raise Refusal(f"unknown parameter {key} (got {key}={value})")
 
     def prepare(self) -> None:
-        """Open the devices. Before the fork: no threads yet, and errors end nbdkit with status 1."""
+        """Open the devices: before the fork, so without threads; errors end nbdkit with status 1."""
 
     def start(self, end: Callable[[], None]) -> None:
         """Start threads; `end` ends the server from any of them, as SIGTERM does."""
@@ -158,10 +158,10 @@ class _RequestFailed(Exception):
     pass
 
 
-# nbdkit's plugin takes references to the exception, its type and its traceback and never gives them
-# back (1.32 to 1.48), so every failure would stay in memory for ever. It formats each exception by
-# traceback.format_exception just before, which is where they are noted, by thread; they are freed at
-# the thread's next failure, or its connection's end.
+# nbdkit's plugin takes references to the exception, its type and its traceback and never gives
+# them back (1.32 to 1.48), so every failure would stay in memory for ever. It formats each exception
+# by traceback.format_exception just before, which is where they are noted, by thread; they are
+# freed at the thread's next failure, or its connection's end.
 _leaked: dict[int, tuple[weakref.ref, type, object]] = {}
 _format_exception = traceback.format_exception
 _drop_reference = ctypes.pythonapi.Py_DecRef
@@ -257,8 +257,8 @@ _UNPIN = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _unpin = _UNPIN(lambda _: _release(_LOCKED))
 
 
-# Keep the state of the calling worker thread until the thread ends. A pthread key's destructor would
-# come too late: Python's own key is cleared by then.
+# Keep the state of the calling worker thread until the thread ends. A pthread key's destructor
+# would come too late: Python's own key is cleared by then.
 def _pin_worker() -> None:
     at_exit = ctypes.CDLL(None).__cxa_thread_atexit_impl
     at_exit.argtypes = [_UNPIN, ctypes.c_void_p, ctypes.c_void_p]
@@ -400,8 +400,8 @@ class _Handle:
         self.odd_write = edge.odd_write
 
 
-# The request path. Fast path: the request is made of whole blocks, not larger than the device takes,
-# and no read for which scratch could be better, so it can go to the device as it is.
+# The request path. Fast path: the request is made of whole blocks, not larger than the device
+# takes, and no read for which scratch could be better, so it can go to the device as it is.
 def _pread(handle: _Handle, buffer: memoryview, offset: int, flags: int) -> None:
     try:
         if len(buffer) & handle.odd_read or offset & handle.odd_offset:
@@ -642,7 +642,9 @@ class _Server:
 
 
 def _sentence(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    sentence = getattr(error, "strerror", None) or str(error)
+    filename = getattr(error, "filename", None)
+    return sentence if filename is None else f"{filename}: {sentence}"
 
 
 # Whether the client of the calling thread came in through a Unix socket. nbdkit's Python module has

@@ -5,12 +5,12 @@
         subprocess.run(["qemu-img", "info", served.uri("r0")], check=True)
         dm.suspend("r0")  # what the client sends now waits
 
-The devices stay in this process, where tables can be loaded and legs made to fail while clients run.
-nbdkit runs beside it with plugins/proxy.py, which passes each request on through a private Unix
+The devices stay in this process, where tables can be loaded and legs made to fail while clients
+run. nbdkit runs beside it with plugins/proxy.py, which passes each request on through a private Unix
 socket: one connection for each of a client's, each served by a thread here.
 
-A request is a head (operation, flags, offset, length) and for writes and names the bytes; a reply is
-an errno, a length and as many bytes: what was read, or the sentence of the error.
+A request is a head (operation, flags, offset, length) and for writes and names the bytes; a reply
+is an errno, a length and as many bytes: what was read, or the sentence of the error.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from urllib.parse import quote
 from dmpy.device import BlockDevice, BlockSize, Buffers, Extent, total
 from dmpy.errors import DeviceError
 from dmpy.exports import MapperRegistry
+from dmpy.launch import plugin_path, server_environment
 from dmpy.mapper import Mapper
 from dmpy.nbd import Plugin, Refusal
 
@@ -178,11 +179,12 @@ class Served:
         self._registry = MapperRegistry(mapper)
         self._sessions: list[threading.Thread] = []
         self._listener = socket.socket(socket.AF_UNIX)
+        self._acceptor = threading.Thread(target=self._accept, name="serve", daemon=True)
         self._process: subprocess.Popen | None = None
         try:
             self._listener.bind(os.path.join(folder, "proxy.sock"))
             self._listener.listen(128)
-            threading.Thread(target=self._accept, name="serve", daemon=True).start()
+            self._acceptor.start()
             self._start()
         except BaseException:
             self.close()
@@ -213,8 +215,9 @@ class Served:
         self._listener.close()
         # A session that waits on a suspended device ends when that is resumed.
         end = time.monotonic() + 1
-        for session in self._sessions:
-            session.join(max(0, end - time.monotonic()))
+        for thread in [self._acceptor, *self._sessions]:
+            if thread.ident is not None:
+                thread.join(max(0, end - time.monotonic()))
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Served:
@@ -224,16 +227,9 @@ class Served:
         self.close()
 
     def _start(self) -> None:
-        nbdkit = shutil.which("nbdkit")
-        if nbdkit is None:
-            raise DeviceError(errno.ENOENT, "nbdkit is missing: install it with its Python plugin")
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plugins", "proxy.py")
-        command = [nbdkit, "-f", "-U", self.socket, "python", script]
+        command = ["nbdkit", "-f", "-t", "1", "-U", self.socket, "python", plugin_path("proxy")]
         command.append(f"socket={os.path.join(self._folder, 'proxy.sock')}")
-        # nbdkit's interpreter takes the first Python in PATH for itself, and there must not be one
-        # of another version; what this program needs from its own is not needed there.
-        environment = os.environ | {"PATH": f"/usr/bin:/bin:{os.environ.get('PATH', '')}"}
-        environment.pop("PYTHONHOME", None)
+        environment = server_environment()
         with open(os.path.join(self._folder, "log"), "wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment

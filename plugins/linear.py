@@ -3,8 +3,8 @@
     nbdkit python plugins/linear.py a.img b.img [name=NAME] [loglevel=LEVEL]
 
 A file is a regular file, a block device, an nbd:// URI or mem:SIZE; what a file has beyond whole
-sectors of 512 bytes is left out. -r serves it for reading only. On nbdkit before 1.34 one connection
-has one request under way at a time; from 1.34 on -t 4 suits slow files.
+sectors of 512 bytes is left out. -r serves it for reading only. On nbdkit before 1.34 one
+connection has one request under way at a time; from 1.34 on -t 4 suits slow files.
 """
 
 import os

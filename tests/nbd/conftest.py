@@ -182,7 +182,7 @@ def images(tmp_path) -> Callable[..., list[Path]]:
 
 FIO = (
     "--name=v", "--ioengine=nbd", "--bsrange=512-64k", "--iodepth=16", "--verify=crc32c",
-    "--do_verify=1", "--randseed=7", "--group_reporting",
+    "--do_verify=1", "--randseed=7", "--group_reporting", "--verify_state_save=0",
 )  # fmt: skip
 
 

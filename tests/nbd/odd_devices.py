@@ -4,7 +4,7 @@ Exports: errno-N (every request fails with errno N), blocks (4096-byte blocks of
 request, refuses anything else), slow (2 ms a request), stuck (requests wait until the server ends),
 hint (no discard, no fast zero), memory, file (file=PATH), shrunk (half its size when it is used),
 bug (raises AssertionError), calls (reading it gives the calls that `memory` has seen, as JSON),
-many-0 ... many-9998. default=NAME is the default export; workers=yes has several threads serve a
+many-0 ... many-10000. default=NAME is the default export; workers=yes has several threads serve a
 connection even where nbdkit cannot do that safely.
 """
 
@@ -195,7 +195,7 @@ class Devices(Plugin):
             super().configure(key, value)
 
     def names(self):
-        return [(f"many-{number}", f"number {number}") for number in range(9999)]
+        return [(f"many-{number}", f"number {number}") for number in range(10_001)]
 
     def default(self):
         return self.default_name
