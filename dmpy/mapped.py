@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from time import monotonic, perf_counter_ns
+from typing import NoReturn
 
 from dmpy.device import BlockDevice, BlockSize, Buffers, Extent, slices, total
 from dmpy.errors import DeviceError
@@ -180,7 +181,7 @@ class MappedDevice(BlockDevice):
             if whole:
                 segment.preadv(buffers, offset + segment.skew)
         except OSError as error:
-            self._failed(segment, error)
+            self.note_failure(segment, error)
             raise
         finally:
             segment.lane.left += 1
@@ -207,7 +208,7 @@ class MappedDevice(BlockDevice):
             if whole:
                 segment.pwritev(buffers, offset + segment.skew, fua=fua)
         except OSError as error:
-            self._failed(segment, error)
+            self.note_failure(segment, error)
             raise
         finally:
             segment.lane.left += 1
@@ -340,7 +341,7 @@ class MappedDevice(BlockDevice):
                 act(segment, offset + segment.skew, offset - begin, piece)
                 offset += piece
             except OSError as error:
-                self._failed(segment, error)
+                self.note_failure(segment, error)
                 raise
             finally:
                 segment.lane.left += 1
@@ -351,8 +352,8 @@ class MappedDevice(BlockDevice):
             errno.EROFS, f"{self.name} is read-only", device=self.name, offset=offset
         )
 
-    # Count a failed request, and log a failed leg once.
-    def _failed(self, segment: Segment, error: OSError) -> None:
+    def note_failure(self, segment: Segment, error: OSError) -> None:
+        """Count a failed request, and log a failed leg once."""
         self.stats.errors += 1
         if error.errno in (errno.EOPNOTSUPP, errno.EROFS):
             return
@@ -701,12 +702,12 @@ class MappedDevice(BlockDevice):
 class Opening:
     """Somebody who has a device open: the shortest way from a client's request to a system call.
 
-    `read` and `write` are what preadv and pwritev of the device do, for one buffer, where that is a
-    request to a file descriptor. What else there is goes to `read_slowly` and `write_slowly`.
+    `read` and `write` do what preadv and pwritev of the device do, for one buffer, where that is no
+    more than passing a request on. What else there is goes to `read_slowly` and `write_slowly`.
 
     Args:
         device: the device.
-        largest: bytes of the largest request that need not go the slow way.
+        largest: bytes of the largest request that need not go the slow way; 0 for none.
     """
 
     __slots__ = ("device", "largest")
@@ -729,26 +730,31 @@ class Opening:
         lane = segment.lane
         stats = device.stats
         length = len(view)
+        moved = -1
         lane.entered += 1
-        if (
-            segment.fd >= 0
-            and plan is device._plan
-            and offset + length <= segment.end
-            and stats.reads & stats.read_mask
-            and length <= self.largest
-        ):
-            try:
-                moved = _preadv(segment.fd, (view,), offset + segment.skew)
-            except OSError:
-                moved = -1
+        try:
+            if (
+                plan is device._plan
+                and offset + length <= segment.end
+                and length <= self.largest
+                and stats.reads & stats.read_mask
+            ):
+                if segment.fd >= 0:
+                    moved = _preadv(segment.fd, (view,), offset + segment.skew)
+                elif plan.running:
+                    segment.preadv((view,), offset + segment.skew)
+                    moved = length
+        except OSError as error:
+            # What failed on a descriptor is tried again by the device, which says what is wrong.
+            if segment.fd < 0:
+                self.failed(segment, error, "read", offset, length)
+        finally:
             lane.left += 1
-            if moved == length:
-                stats.reads += 1
-                stats.read_bytes += length
-                return
+        if moved == length:
+            stats.reads += 1
+            stats.read_bytes += length
         else:
-            lane.left += 1
-        self.read_slowly(view, offset)
+            self.read_slowly(view, offset)
 
     def write(self, view: memoryview, offset: int, flags: int = 0) -> None:
         """Write a view.
@@ -764,31 +770,42 @@ class Opening:
         lane = segment.lane
         stats = device.stats
         length = len(view)
+        moved = -1
         lane.entered += 1
-        if (
-            segment.fd >= 0
-            and plan is device._plan
-            and offset + length <= segment.end
-            and stats.writes & stats.write_mask
-            and length <= self.largest
-            and not flags
-            and not device.readonly
-        ):
-            place = offset + segment.skew
-            try:
-                # A write must not make a file longer again that somebody has cut short.
-                inside = _lseek(segment.fd, 0, _SEEK_END) >= place + length
-                moved = _pwrite(segment.fd, view, place) if inside else -1
-            except OSError:
-                moved = -1
+        try:
+            if (
+                plan is device._plan
+                and offset + length <= segment.end
+                and length <= self.largest
+                and stats.writes & stats.write_mask
+                and not flags
+                and not device.readonly
+            ):
+                place = offset + segment.skew
+                if segment.fd >= 0:
+                    # A write must not make a file longer again that somebody has cut short.
+                    if _lseek(segment.fd, 0, _SEEK_END) >= place + length:
+                        moved = _pwrite(segment.fd, view, place)
+                elif plan.running:
+                    segment.pwritev((view,), place)
+                    moved = length
+        except OSError as error:
+            if segment.fd < 0:
+                self.failed(segment, error, "write", offset, length)
+        finally:
             lane.left += 1
-            if moved == length:
-                stats.writes += 1
-                stats.write_bytes += length
-                return
+        if moved == length:
+            stats.writes += 1
+            stats.write_bytes += length
         else:
-            lane.left += 1
-        self.write_slowly(view, offset, flags != 0)
+            self.write_slowly(view, offset, flags != 0)
+
+    def failed(
+        self, segment: Segment, error: OSError, what: str, offset: int, length: int
+    ) -> NoReturn:
+        """Count a failed request and raise its error."""
+        self.device.note_failure(segment, error)
+        raise error
 
     def read_slowly(self, view: memoryview, offset: int) -> None:
         """Fill a view by the device's own means."""

@@ -61,6 +61,10 @@ class Op(IntEnum):
 _NO_PLAN = Lane()
 
 
+# Bound once: looking a member up in its class takes longer than using it.
+_READ, _WRITE = Op.READ, Op.WRITE
+
+
 class Leg:
     """A section of a lower device that a target uses; offsets are bytes from its start.
 
@@ -98,19 +102,31 @@ class Leg:
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
         """Read as BlockDevice.preadv() does."""
-        segment = self._enter()
+        segment = self.segment
+        lane = segment.lane
+        lane.entered += 1
         try:
-            segment.preadv(buffers, offset + segment.skew)
+            # Fast path: nobody has changed the plan just now.
+            if segment is self.segment:
+                segment.preadv(buffers, offset + segment.skew)
+                return
         finally:
-            segment.lane.left += 1
+            lane.left += 1
+        self.preadv(buffers, offset)
 
     def pwritev(self, buffers: Buffers, offset: int, *, fua: bool = False) -> None:
         """Write as BlockDevice.pwritev() does."""
-        segment = self._enter()
+        segment = self.segment
+        lane = segment.lane
+        lane.entered += 1
         try:
-            segment.pwritev(buffers, offset + segment.skew, fua=fua)
+            # Fast path: nobody has changed the plan just now.
+            if segment is self.segment:
+                segment.pwritev(buffers, offset + segment.skew, fua=fua)
+                return
         finally:
-            segment.lane.left += 1
+            lane.left += 1
+        self.pwritev(buffers, offset, fua=fua)
 
     def flush(self) -> None:
         """Flush the whole device below."""
@@ -270,22 +286,34 @@ class MapTarget(Target):
         """Take note that a leg failed a request; the error goes on to whoever asked."""
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
-        runs = self.map(Op.READ, offset, total(buffers))
-        for leg, place, views in _by_leg(runs, buffers):
-            try:
-                self.legs[leg].preadv(views, place)
-            except OSError as error:
-                self.leg_error(leg, error)
-                raise
+        length = len(buffers[0]) if len(buffers) == 1 else total(buffers)
+        runs = self.map(_READ, offset, length)
+        leg = 0
+        try:
+            if len(runs) == 1:
+                leg, place, _ = runs[0]
+                self.legs[leg].preadv(buffers, place)
+            else:
+                for leg, place, views in _by_leg(runs, buffers):
+                    self.legs[leg].preadv(views, place)
+        except OSError as error:
+            self.leg_error(leg, error)
+            raise
 
     def pwritev(self, buffers: Buffers, offset: int, *, fua: bool = False) -> None:
-        runs = self.map(Op.WRITE, offset, total(buffers))
-        for leg, place, views in _by_leg(runs, buffers):
-            try:
-                self.legs[leg].pwritev(views, place, fua=fua)
-            except OSError as error:
-                self.leg_error(leg, error)
-                raise
+        length = len(buffers[0]) if len(buffers) == 1 else total(buffers)
+        runs = self.map(_WRITE, offset, length)
+        leg = 0
+        try:
+            if len(runs) == 1:
+                leg, place, _ = runs[0]
+                self.legs[leg].pwritev(buffers, place, fua=fua)
+            else:
+                for leg, place, views in _by_leg(runs, buffers):
+                    self.legs[leg].pwritev(views, place, fua=fua)
+        except OSError as error:
+            self.leg_error(leg, error)
+            raise
 
     def discard(self, offset: int, length: int) -> None:
         for leg, place, size in _joined(self.map(Op.DISCARD, offset, length)):
@@ -310,10 +338,7 @@ class MapTarget(Target):
 
 # Gather runs into one list of views for each stretch that is contiguous on its leg, so that a
 # request costs one system call a leg. Returns (leg, offset on the leg, views) of each.
-def _by_leg(runs: list[Run], buffers: Buffers) -> list[tuple[int, int, Buffers]]:
-    if len(runs) == 1:
-        leg, place, _ = runs[0]
-        return [(leg, place, buffers)]
+def _by_leg(runs: list[Run], buffers: Buffers) -> list[tuple[int, int, list[memoryview]]]:
     stretches: list[tuple[int, int, list[memoryview]]] = []
     last: dict[int, tuple[int, list[memoryview]]] = {}
     cut = Cutter(buffers)
