@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from dmpy.errors import DeviceError, TableError
+from dmpy.mapped import Opening
 from dmpy.mapper import Mapper
 from dmpy.testing import FaultyDevice, PatternDevice, expect_equal, pattern
 from dmpy.testing.leaves import GivenLeaves
@@ -665,6 +666,48 @@ def test_four_threads_on_a_stack_survive_changes_of_every_device_in_it():
         swarm.run(1.5)
         expect_equal(memoryview(read(top, 0, 512)), model, 0, "at the end")
         assert top.stats.in_flight == 0 and top.stats.errors == 0
+
+
+def test_requests_by_file_descriptor_go_to_the_right_file_while_files_are_exchanged(tmp_path):
+    """A descriptor that was closed has a new owner at once; nobody may still use the number."""
+    content = {}
+    for name, salt in (("a", 0x5A01), ("b", 0x5A01), ("stranger", 0x7777)):
+        content[name] = pattern(0, 64 * SECTOR, salt).tobytes()
+        (tmp_path / name).write_bytes(content[name])
+    with Mapper() as dm:
+        device = dm.create("m", "0 64 linear a 0", cwd=str(tmp_path))
+        opening = Opening(device, 1 << 20)
+        swarm = Swarm()
+
+        def reader(rng):
+            sector = rng.randrange(64)
+            data = bytearray(SECTOR)
+            opening.read(memoryview(data), sector * SECTOR)
+            assert data == content["a"][sector * SECTOR : (sector + 1) * SECTOR]
+
+        def writer(rng):
+            sector = rng.randrange(64)
+            view = memoryview(content["a"])[sector * SECTOR : (sector + 1) * SECTOR]
+            opening.write(view, sector * SECTOR)
+
+        def exchange(rng):
+            dm.load("m", f"0 64 linear {rng.choice('ab')} 0", cwd=str(tmp_path))
+            dm.resume("m")
+
+        def stranger(rng):
+            with open(tmp_path / "stranger", "r+b") as file:
+                time.sleep(0)
+                file.seek(0)
+                assert file.read() == content["stranger"]
+
+        swarm.add("reader 1", reader)
+        swarm.add("reader 2", reader)
+        swarm.add("writer", writer)
+        swarm.add("exchange", exchange)
+        swarm.add("stranger", stranger)
+        swarm.run(1.0)
+    for name, expected in content.items():
+        assert (tmp_path / name).read_bytes() == expected
 
 
 def test_a_suspended_lower_device_is_quiet_whatever_happens_above():

@@ -1,5 +1,6 @@
 """Random stacks of tables: flattened = stacked = an oracle that maps one sector at a time."""
 
+import errno
 import random
 
 import numpy as np
@@ -7,13 +8,16 @@ import pytest
 
 from dmpy.device import DATA
 from dmpy.mapper import Mapper
+from dmpy.testing import FaultyDevice, PatternDevice, every_fault
 from dmpy.testing.conformance import check_extents
+from dmpy.testing.leaves import GivenLeaves
 from dmpy.testing.pattern import expect_equal, pattern
 from dmpy.testing.stacks import RandomStack
 
 SEEDS = range(80)
 NIGHTLY_SEEDS = range(1000, 6000)
 SECTOR = 512
+CHANGING = ["read", "write", "flush", "zero"]
 
 
 def stacked_read(device):
@@ -138,6 +142,110 @@ def test_a_stack_can_be_taken_down_from_the_top(seed):
         stack.create(mapper)
         stack.remove(mapper)
         assert mapper.devices() == []
+
+
+class Journal:
+    """What dmpy.state keeps in files, kept in a dict."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def record(self, entry):
+        self.kept[entry["minor"]] = entry
+
+    def forget(self, minor):
+        del self.kept[minor]
+
+    def entries(self):
+        return [self.kept[minor] for minor in sorted(self.kept)]
+
+
+@pytest.mark.parametrize("seed", SEEDS[:10])
+def test_a_stack_comes_back_from_its_journal(seed, tmp_path):
+    journal = Journal()
+    stack = RandomStack(seed, folder=tmp_path)
+    rng = random.Random(seed)
+    with Mapper(journal=journal) as mapper:
+        stack.create(mapper)
+        suspended = rng.choice(list(stack.devices))
+        mapper.suspend(suspended)
+        mapper.load(suspended, "0 8 error")
+        before = {d.name: (d.minor, d.table_text(), d.suspended) for d in mapper.devices()}
+    # Devices come back in any order of their numbers, upper ones first if need be.
+    for entries in (journal.entries(), journal.entries()[::-1]):
+        journal.entries = lambda entries=entries: entries
+        with Mapper(journal=journal) as mapper:
+            mapper.restore()
+            assert not mapper.failed
+            after = {d.name: (d.minor, d.table_text(), d.suspended) for d in mapper.devices()}
+            assert after == before
+            assert mapper.device(suspended).table_text(inactive=True) == "0 8 error"
+            mapper.clear(suspended)
+            mapper.resume(suspended)
+            top = mapper.device(stack.top)
+            data = bytearray(top.size)
+            top.preadv([memoryview(data)], 0)
+            expect_equal(memoryview(data), stack.expected(stack.leaf_pattern()), 0, repr(stack))
+            mapper.suspend(suspended)
+            mapper.load(suspended, "0 8 error")
+
+
+@pytest.mark.parametrize("seed", SEEDS[:10])
+def test_a_stack_whose_leaf_is_gone_comes_back_without_what_stood_on_it(seed, tmp_path):
+    journal = Journal()
+    stack = RandomStack(seed, folder=tmp_path)
+    with Mapper(journal=journal) as mapper:
+        stack.create(mapper)
+    gone = random.Random(seed).randrange(len(stack.leaf_sectors))
+    (tmp_path / f"leaf{gone}.img").unlink()
+
+    def stands_on(name):
+        legs = [what for line in stack.devices[name] for what, _ in line.legs]
+        return gone in legs or any(stands_on(what) for what in legs if isinstance(what, str))
+
+    with Mapper(journal=journal) as mapper:
+        mapper.restore()
+        assert {entry.name for entry in mapper.failed} == set(filter(stands_on, stack.devices))
+        for name in stack.devices:
+            if not stands_on(name):
+                device = mapper.device(name)
+                data = bytearray(device.size)
+                device.preadv([memoryview(data)], 0)
+                leaves = stack.leaf_pattern()
+                expect_equal(memoryview(data), stack.expected(leaves, name), 0, repr(stack))
+
+
+@pytest.mark.parametrize("seed", SEEDS[:6])
+def test_every_single_failure_in_a_stack_is_told_and_nothing_hangs(seed):
+    """Every call on every leaf fails once; the request on top must not claim success."""
+    for fault in every_fault(limit=400, forever=False, error=errno.EREMOTEIO, ops=CHANGING):
+        stack = RandomStack(seed, depth=4)
+        leaves = {}
+        for number, sectors in enumerate(stack.leaf_sectors):
+            below = PatternDevice(sectors * SECTOR, f"disk{number}", salt=number + 1)
+            leaves[f"disk{number}"] = FaultyDevice(below, fault)
+        with Mapper(leaves=GivenLeaves(leaves)) as mapper:
+            for number, sectors in enumerate(stack.leaf_sectors):
+                mapper.create(f"leaf{number}", f"0 {sectors} linear disk{number} 0")
+            for name in stack.devices:
+                top = mapper.create(name, stack.table(name))
+            at_first, failed = fault.hits, 0
+            data = pattern(0, top.size, 0xC300)
+            for step in (
+                lambda: top.pwritev([memoryview(data)], 0),
+                lambda: top.preadv([memoryview(bytearray(top.size))], 0),
+                top.flush,
+                lambda: top.write_zeroes(0, top.size),
+            ):
+                try:
+                    step()
+                except OSError as error:
+                    assert error.errno == errno.EREMOTEIO, repr(stack)
+                    failed += 1
+            assert failed == fault.hits - at_first, repr(stack)
+            assert top.stats.in_flight == 0
+            assert top.stats.errors == failed
+            fault.heal()
 
 
 @pytest.mark.nightly
