@@ -319,11 +319,14 @@ def test_what_cannot_be_rebuilt_is_reported_and_the_others_come_up(served, runti
             client.call("info", minor=1)
         client.call("remove", minor=1)
         assert [entry["name"] for entry in client.call("server")["failed"]] == ["lost"]
+        # What happens to it meanwhile must not cost it the table that it will have again.
+        client.call("rename", name="lost", new_name="lost2")
+        client.call("suspend", name="lost2")
     launch.stop_server()
     leg.write_bytes(bytes(1 << 20))
     with launch.start_server() as client:
         table = [[0, 2048, "linear", f"{leg} 0"]]
-        assert client.call("table", name="lost")["lines"] == table
+        assert client.call("table", name="lost2")["lines"] == table
         assert client.call("server")["failed"] == []
     assert path.with_name("1.json.damaged-1").exists()
 
