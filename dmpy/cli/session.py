@@ -101,7 +101,8 @@ class Session:
             try:
                 self._client = Client(self.socket)
             except ServerGone as gone:
-                if gone.died or gone.pid is not None or not start:
+                # One that is there but does not answer yet may be starting: that is waited for.
+                if gone.died or not start:
                     raise
                 from dmpy import launch
 
