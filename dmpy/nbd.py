@@ -522,7 +522,10 @@ class _Server:
             script.update({name: _in_worker(call) for name, call in _REQUESTS.items()})
         buffers.slow_copy_width()  # measured now, not in the first client's big read
         self._drain.start()
-        self.plugin.start(self._drain.begin)
+        try:
+            self.plugin.start(self._drain.begin)
+        except (OSError, ValueError) as error:
+            raise _refused(errno.EINVAL, _sentence(error)) from None
 
     def cleanup(self) -> None:
         self.plugin.stop()

@@ -16,6 +16,9 @@ from tests import needs
 from tests.nbd.conftest import MIB, ODD_DEVICES
 from tests.nbd.hangup import connect as connect_by_hand
 
+pytest.importorskip("nbd", reason="the Python module nbd is missing (package python3-libnbd)")
+import nbd
+
 
 @pytest.fixture
 def striped(serve, images):
@@ -168,6 +171,11 @@ def test_tls_with_a_shared_key(serve, run, folder):
     info = json.loads(run("nbdinfo", "--json", uri))
     assert info["TLS"] and info["exports"][0]["export-size"] == 256 * MIB
     run("nbdinfo", server.uri("memory"), status=1)
+    idle = nbd.NBD()
+    idle.set_uri_allow_local_file(True)
+    idle.connect_uri(uri)
+    assert idle.pread(512, 0) == bytes(512)
+    assert server.stop() == 0
 
 
 def test_tls_with_certificates_over_loopback(run, folder):

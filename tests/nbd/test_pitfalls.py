@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import socket
 import stat
 import subprocess
 import threading
@@ -71,6 +72,19 @@ def test_sigterm_with_idle_clients_ends_the_server_in_order(odd, clients):
     assert odd.stop() == 0
     assert time.monotonic() - begin < 3
     assert len(handles) == clients
+
+
+def test_sigterm_with_clients_that_never_said_what_they_want_ends_the_server(odd):
+    """They have no handle, and still nbdkit would wait for them."""
+    clients = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    for number, client in enumerate(clients):
+        client.connect(odd.socket)
+        assert client.recv(18)[:8] == b"NBDMAGIC"
+        if number:
+            client.sendall(b"\0\0\0\3" + b"IHAVEOPT" * (number - 1))
+    assert odd.stop() == 0
+    for client in clients:
+        client.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -212,21 +226,28 @@ def test_the_unix_socket_is_for_its_owner_only(odd):
     assert stat.S_IMODE(os.stat(odd.socket).st_mode) == 0o600
 
 
+# Whether a process has not ended; one that has may wait for its parent to notice.
+def _runs(pid):
+    with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def test_background_threads_start_in_daemon_mode(folder):
     """A thread that is started before nbdkit forks is not there afterwards."""
-    socket, pid_path = f"{folder}/s", f"{folder}/pid"
-    command = ["nbdkit", "-t", "1", "-U", socket, "-P", pid_path, "python", ODD_DEVICES]
+    path, pid_path = f"{folder}/s", f"{folder}/pid"
+    command = ["nbdkit", "-t", "1", "-U", path, "-P", pid_path, "python", ODD_DEVICES]
     subprocess.run(command, check=True, timeout=20)
     with open(pid_path) as file:
         pid = int(file.read())
     try:
         handle = nbd.NBD()
-        handle.connect_uri(f"nbd+unix:///memory?socket={socket}")
+        handle.connect_uri(f"nbd+unix:///memory?socket={path}")
         os.kill(pid, signal.SIGTERM)  # an idle client: only the drain thread ends this
         end = time.monotonic() + 10
-        while os.path.exists(f"/proc/{pid}") and time.monotonic() < end:
-            time.sleep(0.05)
-        assert not os.path.exists(f"/proc/{pid}")
+        while _runs(pid) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not _runs(pid)
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -229,6 +229,19 @@ def test_a_client_is_an_opener(server):
     server.call("remove", name="r0")
 
 
+def test_an_attachment_is_no_opener(server):
+    """What attaches a device must not keep it from being removed."""
+    server.call("create", name="r0", table="0 2048 linear mem:1M 0", minor=7)
+    handle = server.connect("attached/7")
+    handle.pwrite(b"\1" * 512, 0)
+    assert server.call("info", name="r0")["open_count"] == 0
+    handle.shutdown()
+    for name in ("attached/8", "attached/r0", "attached/", "attached/-7", "attached/7x"):
+        with pytest.raises(nbd.Error):
+            server.connect(name)
+    server.call("remove", name="r0")
+
+
 def test_forced_removal_fails_the_requests_of_clients(server):
     server.call("create", name="r0", table="0 2048 zero")
     handle = server.connect("r0")
@@ -315,6 +328,21 @@ def test_devices_come_back_after_a_kill(serve, folder, images):
     handle.pwrite(b"\1" * 512, 0, nbd.CMD_FLAG_FUA)
     first.kill()
     assert serve(*words).connect("r0").pread(512, 0) == b"\1" * 512
+
+
+def test_a_server_whose_threads_cannot_start_ends_with_one_sentence(serve, folder):
+    """The control socket is made after the fork; here another server answers on it."""
+    for name in ("run", "state", "state2"):
+        os.mkdir(f"{folder}/{name}", 0o700)
+    serve("dmpy.py", f"runtime={folder}/run", f"state={folder}/state")
+    words = [PLUGINS / "dmpy.py", f"runtime={folder}/run", f"state={folder}/state2"]
+    done = subprocess.run(
+        ["nbdkit", "-f", "-U", f"{folder}/s2", "python", *words],
+        capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "control.sock" in line
 
 
 def test_a_second_server_on_one_state_folder_is_refused(server, folder):
