@@ -230,6 +230,90 @@ def test_a_lower_suspend_waits_for_a_holder_that_is_being_suspended(layer):
             caller.done()
 
 
+class PausingSegment:
+    """Stands in for a segment of a plan; who is the first to look at its lane is held there.
+
+    That is the moment between picking a segment and entering its lane.
+    """
+
+    def __init__(self, segment):
+        self.segment = segment
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    @property
+    def lane(self):
+        if not self.reached.is_set():
+            self.reached.set()
+            assert self.go_on.wait(LIMIT)
+        return self.segment.lane
+
+    def __getattr__(self, name):
+        return getattr(self.segment, name)
+
+
+def opening_of(device):
+    """An opening that is past the requests that are all timed, and go the slow way."""
+    opening = Opening(device, 1 << 20)
+    data = memoryview(bytearray(SECTOR))
+    for _ in range(300):
+        opening.read(data, 0)
+        opening.write(data, 0)
+    device.stats.reads = device.stats.writes = 1001
+    return opening
+
+
+@pytest.mark.parametrize("way", ["read", "write", "zero", "open read", "open write"])
+def test_a_request_that_has_only_picked_its_segment_does_not_use_it_after_a_suspend(way, tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).write_bytes(bytes(64 * SECTOR))
+    with Mapper() as dm:
+        device = dm.create("m", "0 64 linear old 0", cwd=str(tmp_path))
+        opening = opening_of(device)
+        (tmp_path / "old").write_bytes(b"o" * 64 * SECTOR)
+        (tmp_path / "new").write_bytes(b"n" * 64 * SECTOR)
+        data = bytearray(b"w" * SECTOR)
+        view = memoryview(data)
+        segments = device.plan_to_pass.segments
+        pausing = segments[0] = PausingSegment(segments[0])
+        calls = {
+            "read": lambda: device.preadv([view], 0),
+            "write": lambda: device.pwritev([view], 0),
+            "zero": lambda: device.write_zeroes(0, SECTOR),
+            "open read": lambda: opening.read(view, 0),
+            "open write": lambda: opening.write(view, 0),
+        }
+        caller = Caller(calls[way])
+        assert pausing.reached.wait(LIMIT)
+        Caller(dm.suspend, "m").done()
+        pausing.go_on.set()
+        assert caller.stuck(), "it went on although the device was suspended"
+        dm.load("m", "0 64 linear new 0", cwd=str(tmp_path))
+        dm.resume("m")
+        caller.done()
+        assert (tmp_path / "old").read_bytes() == b"o" * 64 * SECTOR
+        after = {"read": b"n", "open read": b"n", "zero": b"\0"}.get(way, b"w")
+        assert (tmp_path / "new").read_bytes()[:SECTOR] == after * SECTOR
+        if "read" in way:
+            assert data == b"n" * SECTOR
+
+
+def test_a_leg_that_has_only_picked_its_segment_does_not_use_it_after_a_suspend():
+    with mapper_on("old", "new") as (dm, disks):
+        dm.create("low", "0 64 linear old 0")
+        top = dm.create("top", "0 64 striped 1 8 /dev/mapper/low 0")
+        (leg,) = top.live.lines[0].target.legs
+        pausing = leg.segment = PausingSegment(leg.segment)
+        caller = Caller(read, top, 3)
+        assert pausing.reached.wait(LIMIT)
+        Caller(dm.suspend, "low").done()
+        pausing.go_on.set()
+        assert caller.stuck(), "it went on although the device was suspended"
+        assert not disks["old"].calls["read"]
+        dm.load("low", "0 64 linear new 0")
+        dm.resume("low")
+        assert caller.done() == pattern(3 * SECTOR, SECTOR, 2).tobytes()
+
+
 def test_a_flush_that_waits_below_does_not_block_reads_elsewhere():
     with mapper_on("one", "two") as (dm, disks):
         dm.create("b", "0 64 linear one 0")

@@ -96,15 +96,31 @@ def test_a_stack_whose_lines_overlap_reads_as_the_oracle_says(seed):
         check(RandomStack(seed, alias=True), mapper)
 
 
+def passes_over_devices(mapper, name):
+    """Say whether all segments of a device lead to leaves or targets."""
+    segments = mapper.device(name).plan_to_pass.segments[:-1]
+    lower = {id(device) for device in mapper.devices()}
+    return not any(id(segment.device) in lower for segment in segments)
+
+
 @pytest.mark.parametrize("seed", SEEDS[:5])
 def test_a_stack_of_linear_devices_only_is_flattened_to_the_leaves(seed, tmp_path):
     with Mapper() as mapper:
         stack = RandomStack(seed, folder=tmp_path, targets=("linear",))
         check(stack, mapper)
-        top = mapper.device(stack.top)
-        segments = top.plan_to_pass.segments[:-1]
-        lower = {id(device) for device in mapper.devices()}
-        assert not any(id(segment.device) in lower for segment in segments)
+        assert passes_over_devices(mapper, stack.top)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:5])
+def test_a_stack_is_flat_again_after_any_of_its_devices_was_suspended(seed):
+    with Mapper() as mapper:
+        stack = RandomStack(seed)
+        stack.create(mapper)
+        for name in stack.devices:
+            mapper.suspend(name)
+            mapper.load(name, mapper.device(name).table_text())
+            mapper.resume(name)
+            assert all(passes_over_devices(mapper, other) for other in stack.devices)
 
 
 @pytest.mark.parametrize("seed", SEEDS[:10])
