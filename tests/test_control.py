@@ -38,9 +38,7 @@ def mapper():
 @pytest.fixture
 def server(mapper, folder):
     stopped = threading.Event()
-    served = ControlServer(
-        mapper, f"{folder}/control.sock", request_timeout=0.3, shutdown=stopped.set
-    )
+    served = ControlServer(mapper, f"{folder}/control.sock", shutdown=stopped.set)
     served.start()
     served.asked_to_stop = stopped
     yield served
@@ -474,7 +472,8 @@ def test_the_client_refuses_a_request_that_the_server_would(client):
         client.call("create", name="r0", table="x" * (64 << 20))
 
 
-def test_half_a_request_then_silence_gets_an_error_and_the_end(raw, client):
+def test_half_a_request_then_silence_gets_an_error_and_the_end(raw, client, server):
+    server.request_timeout = 0.3
     raw.send(b'{"jsonrpc"')
     reply = raw.reply()
     assert reply["error"]["message"] == "half a request, then silence for 0.3 s"
@@ -482,20 +481,24 @@ def test_half_a_request_then_silence_gets_an_error_and_the_end(raw, client):
     assert client.call("info") == []
 
 
-def test_a_byte_now_and_then_does_not_hold_a_connection(raw):
+def test_a_byte_now_and_then_does_not_hold_a_connection(raw, server):
+    server.request_timeout = 0.3
     with pytest.raises(ConnectionError):
         for _ in range(1000):
             raw.send(b"x")
             time.sleep(0.01)
 
 
-def test_an_idle_connection_may_stay(raw):
-    time.sleep(0.4)
+def test_an_idle_connection_may_stay(raw, server):
+    server.request_timeout = 0.1
+    time.sleep(0.3)
+    server.request_timeout = 30.0
     assert raw.send(REQUEST).reply()["id"] == 1
 
 
 def test_a_client_that_reads_no_replies_is_dropped(raw, server, client):
     client.call("create", name="r0", table="0 8 zero")
+    server.request_timeout = 0.3
     line = json.dumps(REQUEST | {"method": "stats"}).encode() + b"\n"
     with pytest.raises((ConnectionError, TimeoutError)):
         for _ in range(100_000):
