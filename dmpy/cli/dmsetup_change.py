@@ -100,12 +100,19 @@ def create(run: Run, words: list[str], info: Info | None, several: bool) -> None
         raise Failed
     options = run.options
     minor = options.number("minor") if options["minor"] else None
-    major = options.number("major") if options["major"] else None
+    major = options.number("major")
     name = _new_name(run, words[0])
     uuid = _new_uuid(run)
     table = "" if options["notable"] else _table(run, words[1] if len(words) == 2 else None)
-    _create(run, Address(name, uuid, -1 if minor is None else major, minor or 0), table,
-            bool(options["readonly"]))
+    if minor is None:
+        major = -1
+    elif table:
+        major = DM_MAJOR  # libdm's create with a table corrects it
+    elif major <= 0:
+        log_error("Missing major number for persistent device.")
+        log_error("Couldn't create ioctl argument.")
+        raise Failed
+    _create(run, Address(name, uuid, major, minor or 0), table, bool(options["readonly"]))
 
 
 def _new_name(run: Run, name: str) -> str:
@@ -123,10 +130,6 @@ def _new_uuid(run: Run) -> str:
 # in three (create, load, resume, and remove when one of them fails).
 def _create(run: Run, address: Address, table: str, readonly: bool) -> None:
     minor = None if address.major == -1 else address.minor
-    if address.major != -1 and address.major <= 0:
-        log_error("Missing major number for persistent device.")
-        log_error("Couldn't create ioctl argument.")
-        raise Failed
     try:
         run.driver.ask("create", name=address.name, table=table or None, uuid=address.uuid,
                        readonly=readonly, minor=minor, cwd=os.getcwd())
@@ -245,9 +248,7 @@ def load(run: Run, words: list[str], info: Info | None, several: bool) -> None:
 
 def _load(run: Run, address: Address, table: str) -> None:
     try:
-        if address.major not in (-1, DM_MAJOR):
-            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
-        run.driver.ask("load", **address.selector(), table=table,
+        run.driver.ask("load", **run.driver.selector(address), table=table,
                        readonly=bool(run.options["readonly"]), cwd=os.getcwd())
     except OSError as error:
         run.driver.fail("reload", address, _load_errno(error))

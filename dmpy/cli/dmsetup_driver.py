@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from dmpy.cli.format import DM_MAJOR
 from dmpy.client import Client, ServerGone
@@ -255,13 +255,21 @@ class Driver:
             Failed: it was refused; libdm's message is on standard error.
         """
         try:
-            if address.major >= 0 and address.major != DM_MAJOR:
-                raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
-            return self.ask(method, **address.selector(), **params)
+            return self.ask(method, **self.selector(address), **params)
         except OSError as error:
             self.fail(ioctl, address, error)
 
-    def fail(self, ioctl: str, address: Address, error: OSError) -> None:
+    def selector(self, address: Address) -> dict[str, Any]:
+        """Return the control protocol's words for an address.
+
+        Raises:
+            OSError: ENXIO for the number of a device that cannot be ours.
+        """
+        if address.major >= 0 and address.major != DM_MAJOR:
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+        return address.selector()
+
+    def fail(self, ioctl: str, address: Address, error: OSError) -> NoReturn:
         """Say that an ioctl failed, as libdm does; with -vv, the server's own sentence too.
 
         Raises:
@@ -277,15 +285,12 @@ class Driver:
 
     def find(self, address: Address) -> dict[str, Any] | None:
         """Return a device's info, its names mangled; None when there is no such device."""
-        if address.major >= 0 and address.major != DM_MAJOR:
-            return None
         try:
-            return self.ask("info", **address.selector())
+            return self.ask("info", **self.selector(address))
         except OSError as error:
             if error.errno == errno.ENXIO:
                 return None
             self.fail("info", address, error)
-            raise
 
     def shown(self, info: dict[str, Any]) -> dict[str, Any]:
         """Return a device's info with name and uuid as they are shown; `kernel_name` is as kept.
@@ -340,8 +345,9 @@ class Driver:
         if self.mangling == "none":
             return text
         _check_mangled_once(text, what, self.mangling)
+        limit = UUID_LENGTH if "UUID" in what else NAME_LENGTH
         try:
-            return mangle(text, what, self.mangling)
+            return mangle(text, what, self.mangling, limit)
         except Failed:
             end = "." if what in ("name", "UUID") else ""
             kind = {"name": "device name", "new name": "new device name",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from dmpy.cli.dmsetup_driver import (
-    Failed, has_disk, log_error, log_print, mangle, unescape,
+    NAME_LENGTH, UUID_LENGTH, Failed, has_disk, log_error, log_print, mangle, unescape,
 )
 from dmpy.cli.dmsetup_options import Options
 from dmpy.cli.dmsetup_tree import Graph, Node
@@ -337,7 +337,8 @@ class Report:
         text = info[key]
         what = "name" if key == "name" else "UUID"
         if form == "mangled":
-            return mangle(text, what, self._mangling) if text else ""
+            limit = NAME_LENGTH if key == "name" else UUID_LENGTH
+            return mangle(text, what, self._mangling, limit) if text else ""
         return unescape(text) if form == "unmangled" and self._mangling == "none" else text
 
     def _relation_value(self, id_: str, column: Column, info: dict[str, Any]) -> Any:

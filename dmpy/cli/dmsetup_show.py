@@ -6,11 +6,12 @@ _version(), _splitname(), _mangle(), _exec_command().
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any
 
 from dmpy.cli.dmsetup_driver import (
-    Address, Failed, has_disk, log_error, log_print, mangle, unescape,
+    Address, Failed, has_disk, log_error, log_print, mangle, unescape, unmangle,
 )
 from dmpy.cli.dmsetup_options import atoi
 from dmpy.cli.dmsetup_run import Run
@@ -108,7 +109,7 @@ def status(run: Run, words: list[str], info: Info | None, several: bool) -> None
              if not options["target"] or line and line[2] == options.text("target")]
     printing = not options["exec"] or not options.text("exec") or options["verbose"]
     if lines and printing:
-        _print_lines(run, shown, lines, several)
+        _print_lines(run, shown, lines, several, words[0] if words else shown["name"])
     if lines and several and options["verbose"] and verb.name != "ls" and \
             not (options["concise"] and method == "table" and options["verbose"] < 2):
         log_print("")
@@ -116,33 +117,37 @@ def status(run: Run, words: list[str], info: Info | None, several: bool) -> None
         _execute(run, shown)
 
 
-# The device at an address with its table or status. What is needed of its info is asked for only
-# where it shows.
+# The device at an address with its table or status. Its info is asked for only where it shows: a
+# suite that polls a status needs one call.
 def _one_table(run: Run, address: Address, method: str, params: Info) -> tuple[Info, Info]:
-    if method == "table":
-        entry = run.driver.call("table", method, address, **params)
-    elif run.driver.find(address) is None:
-        log_error("Device does not exist.")
-        raise Failed
+    options = run.options
+    if method == "status":
+        try:
+            entry = run.driver.ask("status", **run.driver.selector(address), **params)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                log_error("Device does not exist.")
+                raise Failed from error
+            run.driver.fail("status", address, error)
     else:
-        entry = run.driver.call("status", method, address, **params)
-    found = run.driver.find(Address(name=entry["name"]))
-    if found is None:
-        log_error("Device does not exist.")
-        raise Failed
-    return run.driver.shown(found), entry
+        entry = run.driver.call("table", "table", address, **params)
+    address = Address(name=entry["name"])
+    if options["verbose"] or options["concise"]:
+        return _existing(run, address), entry
+    return {"name": unmangle(entry["name"], "name", run.driver.mangling)}, entry
 
 
-# Print a device's lines as the verb shows them; a line is None for a device without a table.
-def _print_lines(run: Run, info: Info, lines: list, several: bool) -> None:
+# Print a device's lines as the verb shows them; a line is None for a device without a table, `name`
+# is what the user calls the device.
+def _print_lines(run: Run, info: Info, lines: list, several: bool, name: str) -> None:
     options = run.options
     verb = run.selected_verb or run.verb
     if verb.name == "ls":
-        log_print(f"{info['name']}\t({info['major']}, {info['minor']})")
+        log_print(f"{name}\t({info['major']}, {info['minor']})")
         return
     concise = options["concise"] and verb.name == "table"
     if concise:
-        head = [_quoted(info["name"]), _quoted(info["uuid"]), str(info["minor"]),
+        head = [_quoted(name), _quoted(info["uuid"]), str(info["minor"]),
                 "ro" if info["readonly"] else "rw"]
         body = [f"{line[0]} {line[1]} {line[2]} {_quoted(line[3])}" for line in lines if line]
         sys.stdout.write((";" if run.concise else "") + ",".join(head + body))
@@ -150,7 +155,7 @@ def _print_lines(run: Run, info: Info, lines: list, several: bool) -> None:
         return
     if options["verbose"]:
         run.show_info(info)
-    prefix = f"{info['name']}: " if several and not options["verbose"] else ""
+    prefix = f"{name}: " if several and not options["verbose"] else ""
     log_print("\n".join(
         prefix + (f"{line[0]} {line[1]} {line[2]} {line[3]}" if line else "") for line in lines))
 
@@ -262,13 +267,15 @@ def message(run: Run, words: list[str], info: Info | None, several: bool) -> Non
     named = not run.options.addressed
     address = run.address(words[0] if named else None)
     words = words[1:] if named else words
-    sector = words[0].lstrip().removeprefix("+")
-    if not sector.isascii() or not sector.isdigit() or int(sector) >> 64:
+    text = words[0].lstrip()
+    digits = text[1:] if text[:1] in ("+", "-") else text
+    if not digits.isascii() or not digits.isdigit() or int(digits) >> 64:
         log_error("Invalid sector.")
         raise Failed
+    sector = int(text) % (1 << 64)
     if len(words) == 1:
         log_error("No message supplied.")
-    result = run.driver.call("message", "message", address, sector=int(sector),
+    result = run.driver.call("message", "message", address, sector=sector,
                              message=" ".join(words[1:]))
     reply = result["reply"]
     if reply:
