@@ -18,7 +18,7 @@ from dmpy.device import BlockDevice, BlockSize, Extent, merge_extents
 from dmpy.errors import DeviceError
 from dmpy.units import round_down, round_up
 
-__all__ = ["BIG_READ", "Edge", "RangeLock", "advertised"]
+__all__ = ["BIG_READ", "Edge", "Edges", "RangeLock", "advertised"]
 
 BIG_READ = 128 << 10
 """Bytes from which on a read asks whether it is better done through scratch."""
@@ -168,6 +168,9 @@ class Edge:
         """Write the buffer at `offset`."""
         length = len(buffer)
         self._check(offset, length, "write", errno.ENOSPC)
+        if self._unit == 1 and length <= self._maximum:
+            self.device.pwritev([buffer], offset, fua=fua)
+            return
         begin, end, alone = self._blocks(offset, length)
         held = self._ranges.enter(begin, end, alone=alone)
         try:
@@ -316,3 +319,38 @@ class Edge:
         for place, piece, whole in self._pieces(offset, length):
             if not whole:
                 self._write_part(zeroes[:piece], place, False)
+
+
+class Edges:
+    """The edges of the devices that are in use: one for each device, whoever uses it.
+
+    All methods may be called from any thread.
+    """
+
+    def __init__(self) -> None:
+        # Protects _users, held for a moment only; nothing is taken under it.
+        self._lock = Lock()
+        # By id of the device: its edge and how many use it.
+        self._users: dict[int, tuple[Edge, int]] = {}
+
+    def take(self, device: BlockDevice) -> Edge:
+        """Return the edge of a device and count its user."""
+        with self._lock:
+            edge, users = self._users.get(id(device)) or (Edge(device), 0)
+            self._users[id(device)] = (edge, users + 1)
+            return edge
+
+    def give_back(self, edge: Edge) -> None:
+        """Undo one take()."""
+        with self._lock:
+            key = id(edge.device)
+            _, users = self._users.pop(key)
+            if users > 1:
+                self._users[key] = (edge, users - 1)
+
+    def refresh(self, device: BlockDevice) -> None:
+        """Take the block sizes of a device anew, if it is in use."""
+        with self._lock:
+            edge, _ = self._users.get(id(device), (None, 0))
+        if edge is not None:
+            edge.refresh()

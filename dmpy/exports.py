@@ -10,7 +10,7 @@ from urllib.parse import quote
 from dmpy.attachments import EXPORT_PREFIX
 from dmpy.backing import open_leaf
 from dmpy.control import ControlServer
-from dmpy.device import BlockDevice
+from dmpy.device import BlockDevice, BlockSize
 from dmpy.errors import DeviceError
 from dmpy.launch import clean_runtime
 from dmpy.mapper import Mapper
@@ -78,6 +78,10 @@ class MapperRegistry:
                 return text
         types = sorted({line.target.type_name for line in table.lines})
         return f"{len(table.lines)} lines of {', '.join(types)}"
+
+    def block_size(self, device: BlockDevice) -> BlockSize:
+        """Return the block sizes of a device."""
+        return device.block_size
 
     def release(self, name: str, device: BlockDevice) -> None:
         """Undo one open()."""

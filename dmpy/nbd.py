@@ -36,8 +36,8 @@ from contextlib import suppress
 from typing import Protocol
 
 from dmpy import buffers
-from dmpy.device import BlockDevice
-from dmpy.edge import Edge, advertised
+from dmpy.device import BlockDevice, BlockSize
+from dmpy.edge import Edge, Edges, advertised
 
 try:
     import nbdkit
@@ -100,6 +100,9 @@ class Registry(Protocol):
 
     def describe(self, device: BlockDevice) -> str:
         """Return the description of an opened device."""
+
+    def block_size(self, device: BlockDevice) -> BlockSize:
+        """Return the block sizes that clients of an opened device should keep to."""
 
     def release(self, name: str, device: BlockDevice) -> None:
         """Undo one open()."""
@@ -174,7 +177,9 @@ def _format(kind, value=None, trace=None, *rest, **options):
     if kind is not _RequestFailed and kind is not Refusal:
         return _format_exception(kind, value, trace, *rest, **options)
     _leaked[threading.get_ident()] = (weakref.ref(value), kind, trace)
-    return [str(value)]
+    # One line, and one that can be encoded: names and paths may be any bytes.
+    text = str(value).replace("\n", "\\n")
+    return [text.encode("utf-8", "backslashreplace").decode()]
 
 
 # Free what this thread's last failure left.
@@ -479,9 +484,8 @@ class _Server:
         self.level = logging.WARNING
         self.draining = False
         self.handles: set[_Handle] = set()
-        # By id of the device: its edge and the number of its handles.
-        self._edges: dict[int, tuple[Edge, int]] = {}
-        # Protects handles and _edges, held for a moment only; nothing is taken under it.
+        self._edges = Edges()
+        # Protects handles, held for a moment only; nothing is taken under it.
         self._lock = threading.Lock()
         self._drain = _Drain(self)
         plugin.readonly = self.options.readonly
@@ -538,14 +542,19 @@ class _Server:
 
     def list_exports(self, readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
         self._refuse_plain_tcp(is_tls)
-        names = self.plugin.registry.names()
+        names = [
+            (name, _on_the_wire(text))
+            for name, text in self.plugin.registry.names()
+            if _on_the_wire(name) == name
+        ]
         if len(names) > _MOST_LISTED:
             _log.warning("%d exports: only %d are listed", len(names), _MOST_LISTED)
-        return [(name, text[:4096]) for name, text in names[:_MOST_LISTED]]
+        return names[:_MOST_LISTED]
 
     def default_export(self, readonly: bool, is_tls: bool) -> str:
         self._refuse_plain_tcp(is_tls)
-        return self.plugin.registry.default()
+        name = self.plugin.registry.default()
+        return name if _on_the_wire(name) == name else ""
 
     # nbdkit requires TLS of all clients or of none. `is_tls` is None where only nbdkit can tell.
     def _refuse_plain_tcp(self, is_tls: bool | None) -> None:
@@ -559,29 +568,26 @@ class _Server:
 
     def open(self, readonly: bool) -> _Handle:
         self._refuse_plain_tcp(None)
-        name = nbdkit.export_name()
+        try:
+            name = nbdkit.export_name()
+        except UnicodeDecodeError:
+            raise _refused(errno.ENOENT, "the export's name is not UTF-8") from None
         try:
             device = self.plugin.registry.open(name, readonly)
         except OSError as error:
             sentence = f"export {name[:200]!r}: {_sentence(error)}"
             raise _refused(error.errno, sentence) from None
+        handle = _Handle(name, self._edges.take(device), readonly)
         with self._lock:
-            edge, users = self._edges.get(id(device)) or (Edge(device), 0)
-            self._edges[id(device)] = (edge, users + 1)
-            handle = _Handle(name, edge, readonly)
             self.handles.add(handle)
         _log.debug("%s: opened", name)
         _ensure()  # nothing may fail from here on
         return handle
 
     def close(self, handle: _Handle) -> None:
-        device = handle.device
-        with self._lock:
-            edge, users = self._edges.pop(id(device))
-            if users > 1:
-                self._edges[id(device)] = (edge, users - 1)
+        self._edges.give_back(handle.edge)
         try:
-            self.plugin.registry.release(handle.name, device)
+            self.plugin.registry.release(handle.name, handle.device)
         except OSError as error:
             _log.error("%s: close: %s", handle.name, _sentence(error))
         finally:
@@ -593,11 +599,9 @@ class _Server:
 
     # A client keeps the size and the flags that it was told, but its requests must fit the device.
     def device_changed(self, device: BlockDevice) -> None:
+        self._edges.refresh(device)
         with self._lock:
-            edge, _ = self._edges.get(id(device), (None, 0))
             handles = [handle for handle in self.handles if handle.device is device]
-        if edge is not None:
-            edge.refresh()
         for handle in handles:
             handle.refresh()
 
@@ -607,10 +611,11 @@ class _Server:
         return int(handle.size)
 
     def block_size(self, handle: _Handle) -> tuple[int, int, int]:
-        return tuple(map(int, advertised(handle.device.block_size)))
+        block_size = self.plugin.registry.block_size(handle.device)
+        return tuple(map(int, advertised(block_size)))
 
     def export_description(self, handle: _Handle) -> str:
-        return self.plugin.registry.describe(handle.device)[:4096]
+        return _on_the_wire(self.plugin.registry.describe(handle.device))
 
     def can_write(self, handle: _Handle) -> bool:
         return not handle.readonly
@@ -642,6 +647,12 @@ class _Server:
 
     def is_rotational(self, handle: _Handle) -> bool:
         return False
+
+
+# Text as NBD can carry it: UTF-8 of at most 4096 bytes. Names and paths may be any bytes.
+def _on_the_wire(text: str) -> str:
+    encoded = text.encode("utf-8", "replace").partition(b"\0")[0]
+    return encoded[:4096].decode("utf-8", "ignore")
 
 
 def _sentence(error: Exception) -> str:

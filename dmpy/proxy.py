@@ -31,6 +31,7 @@ from contextlib import suppress
 from urllib.parse import quote
 
 from dmpy.device import BlockDevice, BlockSize, Buffers, Extent, total
+from dmpy.edge import Edge, Edges
 from dmpy.errors import DeviceError
 from dmpy.exports import MapperRegistry
 from dmpy.launch import plugin_path, server_environment
@@ -76,11 +77,12 @@ def _receive(sock: socket.socket, length: int) -> bytearray:
 
 # One client's connection: the requests of one nbdkit connection, one after another.
 class _Session:
-    def __init__(self, registry: MapperRegistry, sock: socket.socket) -> None:
+    def __init__(self, registry: MapperRegistry, edges: Edges, sock: socket.socket) -> None:
         self._registry = registry
+        self._edges = edges
         self._socket = sock
         self._name = ""
-        self._device: BlockDevice | None = None
+        self._edge: Edge | None = None
         self._buffer = memoryview(bytearray(64 << 10))
 
     def run(self) -> None:
@@ -90,8 +92,9 @@ class _Session:
                     self._serve_one()
         finally:
             self._socket.close()
-            if self._device is not None:
-                self._registry.release(self._name, self._device)
+            if self._edge is not None:
+                self._edges.give_back(self._edge)
+                self._registry.release(self._name, self._edge.device)
 
     def _serve_one(self) -> None:
         head = _receive(self._socket, _HEAD.size)
@@ -126,26 +129,27 @@ class _Session:
             return self._registry.default().encode()
         if operation == _OPEN:
             return self._open(str(payload, "utf-8"), bool(flags & _READONLY))
-        device = self._device
+        edge = self._edge
         if operation == _READ:
             data = self._space(length)
-            device.preadv([data], offset)
+            edge.read(data, offset)
             return data
         if operation == _WRITE:
-            device.pwritev([payload], offset, fua=bool(flags & _FUA))
+            edge.write(payload, offset, bool(flags & _FUA))
         elif operation == _FLUSH:
-            device.flush()
+            edge.device.flush()
         elif operation == _DISCARD:
-            device.discard(offset, length)
+            edge.trim(offset, length, fua=False)
         elif operation == _ZERO:
             may_unmap, fast_only = bool(flags & _MAY_UNMAP), bool(flags & _FAST_ONLY)
-            device.write_zeroes(offset, length, may_unmap=may_unmap, fast_only=fast_only)
+            edge.zero(offset, length, may_unmap=may_unmap, fast_only=fast_only, fua=False)
         elif operation == _EXTENTS:
-            return b"".join(_EXTENT.pack(*extent) for extent in device.extents(offset, length))
+            return b"".join(_EXTENT.pack(*extent) for extent in _all_extents(edge, offset, length))
         return b""
 
     def _open(self, name: str, readonly: bool) -> bytes:
-        self._device = device = self._registry.open(name, readonly)
+        device = self._registry.open(name, readonly)
+        self._edge = self._edges.take(device)
         self._name = name
         about = {
             "size": device.size,
@@ -154,6 +158,15 @@ class _Session:
             "description": self._registry.describe(device),
         }
         return json.dumps(about).encode()
+
+
+# The extents of a whole range: one answer of an edge may end before.
+def _all_extents(edge: Edge, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+    end = offset + length
+    while offset < end:
+        for place, size, kind in edge.extents(offset, end - offset, only_one=False):
+            yield place, size, kind
+            offset = place + size
 
 
 class Served:
@@ -177,6 +190,8 @@ class Served:
         self._folder = folder
         self.socket = os.path.join(folder, "nbd.sock")
         self._registry = MapperRegistry(mapper)
+        self._edges = Edges()
+        self._registry.watch(self._edges.refresh)
         self._sessions: list[threading.Thread] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._acceptor = threading.Thread(target=self._accept, name="serve", daemon=True)
@@ -255,7 +270,7 @@ class Served:
         with suppress(OSError):  # the listener was shut down
             while True:
                 sock, _ = self._listener.accept()
-                session = _Session(self._registry, sock)
+                session = _Session(self._registry, self._edges, sock)
                 thread = threading.Thread(target=session.run, name="serve", daemon=True)
                 self._sessions = [other for other in self._sessions if other.is_alive()]
                 self._sessions.append(thread)
@@ -313,7 +328,8 @@ class _Caller:
         return answer
 
 
-# A device that is in the other program.
+# A device that is in the other program, which also widens and splits what does not fit it: there
+# all connections to it meet, and there its table may change.
 class _Remote(BlockDevice):
     def __init__(self, caller: _Caller, name: str, readonly: bool) -> None:
         self.name = name
@@ -322,7 +338,7 @@ class _Remote(BlockDevice):
         flags = _READONLY if readonly else 0
         about = json.loads(caller.call(_OPEN, flags, 0, len(words), send=[words]))
         self.size = about["size"]
-        self.block_size = BlockSize(*about["block_size"])
+        self.advertised = BlockSize(*about["block_size"])
         self.readonly = about["readonly"]
         self.description = about["description"]
 
@@ -415,10 +431,14 @@ class ProxyPlugin(Plugin):
         """Return the description of an opened device."""
         return device.description
 
+    def block_size(self, device: BlockDevice) -> BlockSize:
+        """Return the block sizes of the device over there."""
+        return device.advertised
+
     def release(self, name: str, device: BlockDevice) -> None:
         """Close the device's connection, which counts one user less over there."""
         self._open.discard(device)
         device.close()
 
     def watch(self, changed: Callable[[BlockDevice], None]) -> None:
-        """Do nothing: what does not fit a device any more is refused over there."""
+        """Do nothing: over there requests are made to fit the device as it is."""

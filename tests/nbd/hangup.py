@@ -24,12 +24,16 @@ def _receive(sock: socket.socket, length: int) -> bytes:
 def connect(path: str, name: bytes) -> socket.socket:
     """Negotiate in the oldest way that has names; returns the socket, ready for requests."""
     sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(20)
-    sock.connect(path)
-    _receive(sock, 18)
-    sock.sendall(struct.pack(">I", 3))  # fixed newstyle, no zeroes
-    sock.sendall(b"IHAVEOPT" + struct.pack(">II", 1, len(name)) + name)
-    _receive(sock, 10)
+    try:
+        sock.settimeout(20)
+        sock.connect(path)
+        _receive(sock, 18)
+        sock.sendall(struct.pack(">I", 3))  # fixed newstyle, no zeroes
+        sock.sendall(b"IHAVEOPT" + struct.pack(">II", 1, len(name)) + name)
+        _receive(sock, 10)
+    except BaseException:
+        sock.close()
+        raise
     return sock
 
 

@@ -1,11 +1,11 @@
 """An nbdkit script that serves devices made for one test each; not a plugin of dmpy.
 
 Exports: errno-N (every request fails with errno N), blocks (4096-byte blocks of at most 64 KiB a
-request, refuses anything else), slow (2 ms a request), stuck (requests wait until the server ends),
-hint (no discard, no fast zero), memory, file (file=PATH), shrunk (half its size when it is used),
-bug (raises AssertionError), calls (reading it gives the calls that `memory` has seen, as JSON),
-many-0 ... many-10000. default=NAME is the default export; workers=yes has several threads serve a
-connection even where nbdkit cannot do that safely.
+request, refuses anything else), turning (the same from the first flush on), slow (2 ms a request),
+stuck (requests wait until the server ends), hint (no discard, no fast zero), memory, file
+(file=PATH), shrunk (half its size when it is used), bug (raises AssertionError), calls (reading it
+gives the calls that `memory` has seen, as JSON), many-0 ... many-10000. default=NAME is the default
+export; workers=yes has several threads serve a connection even where nbdkit cannot do that safely.
 """
 
 import errno
@@ -105,6 +105,24 @@ class Blocks(Over):
         return super().extents(offset, length)
 
 
+class Turning(Blocks):
+    """Takes any request until it is flushed, and then whole blocks only."""
+
+    def __init__(self, devices):
+        super().__init__()
+        self.devices = devices
+        self.name = "turning"
+        self.block_size = BlockSize()
+
+    def flush(self):
+        self.block_size = BlockSize(4096, 4096, 65536)
+        self.devices.changed(self)
+
+    def _check(self, offset, length):
+        if self.block_size.minimum > 1:
+            super()._check(offset, length)
+
+
 class Slow(Over):
     def preadv(self, buffers, offset):
         time.sleep(0.002)
@@ -202,17 +220,21 @@ class Devices(Plugin):
 
     def open(self, name, readonly):
         if name not in self.made:
-            self.made[name] = make(name, self.path)
+            turning = name == "turning"
+            self.made[name] = Turning(self) if turning else make(name, self.path)
         return self.made[name]
 
     def describe(self, device):
         return f"the device {device.name}"
 
+    def block_size(self, device):
+        return device.block_size
+
     def release(self, name, device):
         pass
 
     def watch(self, changed):
-        pass
+        self.changed = changed
 
     def interrupt(self):
         ended.set()

@@ -217,6 +217,29 @@ def test_devices_come_and_go_as_exports(server, run):
     assert server.connect().get_size() == MIB  # the only one
 
 
+def test_names_and_paths_that_are_not_utf_8_do_not_spoil_the_listing(server, tmp_path):
+    """NBD carries UTF-8 only; the device can still be used from the inside."""
+    path = os.fsencode(tmp_path) + b"/\xff.img"
+    with open(path, "wb") as file:
+        file.truncate(MIB)
+    table = f"0 2048 linear {os.fsdecode(path)} 0"
+    server.call("create", name="r0", table=table)
+    server.call("create", name=os.fsdecode(b"\xfe"), table="0 8 zero")
+    handle = nbd.NBD()
+    handle.set_opt_mode(True)
+    handle.connect_uri(server.uri())
+    found = []
+    handle.opt_list(lambda name, description: found.append((name, description)) or 0)
+    handle.opt_abort()
+    assert found == [("r0", table.replace("\udcff", "?"))]
+    assert server.connect("r0").get_size() == MIB
+
+
+def test_a_device_without_a_table_has_no_bytes(server):
+    server.call("create", name="r0", table=None)
+    assert server.connect("r0").get_size() == 0
+
+
 def test_a_client_is_an_opener(server):
     server.call("create", name="r0", table="0 2048 zero")
     handle = server.connect("r0")

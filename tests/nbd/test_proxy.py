@@ -15,6 +15,7 @@ import pytest
 
 import dmpy
 from dmpy.backing import Leaves
+from dmpy.device import BlockSize, total
 from dmpy.testing import Fault, FaultyDevice
 from tests import needs
 from tests.nbd.conftest import FIO, MIB, ROOT
@@ -98,6 +99,87 @@ def test_a_leg_that_fails_once_fails_one_request(images):
             handle.pwrite(bytes(512), 0)
         assert caught.value.errno == "ENOSPC"
         assert handle.pread(512, 0) == b"\1" * 512
+
+
+class _BlockLeaf(FaultyDevice):
+    """Blocks of 4096 bytes and nothing else."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.block_size = BlockSize(4096, 4096, 65536)
+
+    def preadv(self, buffers, offset):
+        assert offset % 4096 == 0 and total(buffers) % 4096 == 0
+        super().preadv(buffers, offset)
+        time.sleep(0.0002)  # so that writers who do not exclude each other meet
+
+    def pwritev(self, buffers, offset, *, fua=False):
+        assert offset % 4096 == 0 and total(buffers) % 4096 == 0
+        super().pwritev(buffers, offset, fua=fua)
+
+
+class _BlockLeaves(_FaultyLeaves):
+    """Files whose name begins with b have blocks."""
+
+    def open(self, word, **options):
+        faulty = super().open(word, **options)
+        if os.path.basename(word).startswith("b"):
+            return _BlockLeaf(faulty.device)
+        return faulty
+
+
+def test_parts_of_blocks_written_through_several_connections_all_arrive(images):
+    """Each has its own connection to this process: the exclusion has to be here."""
+    _, path = images(MIB, MIB)
+    with dmpy.Mapper(leaves=_BlockLeaves()) as dm, dmpy.serve(dm) as served:
+        dm.create("r0", f"0 2048 linear {path} 0")
+        handles = [_connect(served) for _ in range(8)]
+        assert handles[0].get_block_size(nbd.SIZE_MINIMUM) == 4096
+        for turn in range(30):
+            for part, handle in enumerate(handles):
+                data = bytearray([turn + part * 30]) * 512
+                handle.aio_pwrite(nbd.Buffer.from_bytearray(data), part * 512)
+            for handle in handles:
+                while handle.aio_in_flight():
+                    handle.poll(-1)
+            expected = b"".join(bytes([turn + part * 30]) * 512 for part in range(8))
+            assert handles[0].pread(4096, 0) == expected
+
+
+def test_requests_fit_a_table_that_was_loaded_after_the_client_came(images):
+    """The client was told that any byte may be written, and the new leg has blocks."""
+    a, b = images(MIB, MIB)
+    with dmpy.Mapper(leaves=_BlockLeaves()) as dm, dmpy.serve(dm) as served:
+        dm.create("r0", f"0 2048 linear {a} 0")
+        handle = _connect(served)
+        handle.pwrite(b"\1" * 100, 1000)
+        dm.load("r0", f"0 2048 linear {b} 0")
+        dm.resume("r0")
+        handle.pwrite(b"\2" * 100, 1000)
+        handle.zero(50, 1000)
+        assert handle.pread(200, 950) == bytes(100) + b"\2" * 50 + bytes(50)
+        assert b.read_bytes()[1050:1100] == b"\2" * 50
+
+
+def test_a_fragmented_device_is_described_whole(dm, served):
+    dm.create("r0", "0 262144 linear mem:128M 0")
+    handle = _connect(served)
+    for place in range(0, 100 * MIB, 8192):
+        handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"\1" * 4096)), place)
+        while handle.aio_in_flight() > 32:
+            handle.poll(-1)
+    while handle.aio_in_flight():
+        handle.poll(-1)
+    found, offset = [], 0
+    while offset < 128 * MIB:
+        part = []
+        handle.block_status(
+            128 * MIB - offset, offset, lambda _, o, e, error, part=part: part.extend(e) or 0
+        )
+        found += zip(part[::2], part[1::2], strict=True)
+        offset += sum(part[::2])
+    holes = sum(size for size, kind in found if kind)
+    assert sum(size for size, kind in found if not kind) == 50 * MIB and holes == 78 * MIB
 
 
 def test_exports_are_listed_with_what_they_are(dm, served, run):

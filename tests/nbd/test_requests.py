@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import random
+from contextlib import suppress
 
 import pytest
 
 from tests.nbd.conftest import MIB, ODD_DEVICES
+from tests.nbd.hangup import connect as connect_by_hand
 
 pytest.importorskip("nbd", reason="the Python module nbd is missing (package python3-libnbd)")
 import nbd
@@ -280,6 +282,19 @@ def test_zeroes_and_trims_do_not_mix_with_writers_of_parts(odd):
         assert found[:1000] + found[1100:] == bytes(3996)
 
 
+def test_requests_fit_a_device_whose_blocks_have_grown(odd):
+    """Connected clients were told that any byte may be written."""
+    handles = [odd.connect("turning") for _ in range(2)]
+    handles[0].pwrite(b"\1" * 100, 50)
+    handles[0].flush()
+    for number, handle in enumerate(handles):
+        handle.pwrite(b"\2" * 10, 100 + 20 * number)
+        handle.zero(5, 100 + 20 * number)
+    expected = b"\1" * 50 + (bytes(5) + b"\2" * 5 + b"\1" * 10) + bytes(5) + b"\2" * 5
+    assert handles[1].pread(80, 50) == expected
+    assert handles[1].pread(MIB, 0)[:50] == bytes(50)
+
+
 def test_requests_beyond_the_end_of_a_shrunken_device_are_refused(serve, images):
     """A client that is connected keeps the old size."""
     handle = serve(ODD_DEVICES).connect("shrunk")
@@ -320,6 +335,14 @@ def test_an_export_that_is_not_there_is_refused(odd):
             odd.connect(name)
         assert caught.value.errno == "ENOENT"
     assert odd.alive()
+
+
+def test_an_export_name_of_any_bytes_is_refused_and_disturbs_nobody(odd):
+    for name in (b"\xff\xfe", b"a\nb", b"x" * 4096, b"%s%n%d"):
+        with suppress(EOFError, OSError):
+            connect_by_hand(odd.socket, name).close()
+    assert odd.connect("memory").get_size() == 256 * MIB
+    assert "Traceback" not in odd.log
 
 
 def test_10000_of_10001_exports_are_listed_and_all_can_be_opened(odd):
