@@ -148,6 +148,19 @@ class BlockDevice(ABC):
         """Say what is where, in pieces that follow each other and fill the range exactly."""
         yield Extent(offset, length, DATA)
 
+    def spot(self, offset: int, length: int) -> tuple[int, int]:
+        """Say where a piece is on a file descriptor, for requests to be made there instead.
+
+        Args:
+            offset: bytes from the start of the device.
+            length: bytes.
+
+        Returns:
+            A descriptor as `fd` has it and the place there in bytes, or -1 and 0 where there is
+            none, or where it is not for reading and writing alike.
+        """
+        return self.fd, offset if self.fd >= 0 else 0
+
     def close(self) -> None:
         """Give back what the device holds; nothing is flushed."""
 

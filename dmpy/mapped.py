@@ -14,12 +14,11 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from time import monotonic, perf_counter_ns
-from typing import NoReturn
 
 from dmpy.device import BlockDevice, BlockSize, Buffers, Extent, slices, total
 from dmpy.errors import DeviceError
 from dmpy.plan import Gate, Lane, Plan, Segment, beyond_the_end, drain, segments_of
-from dmpy.table import Table, split_args
+from dmpy.table import Table, no_garbage_collection, split_args
 from dmpy.units import SECTOR_SHIFT
 
 __all__ = ["MAJOR", "MappedDevice", "Opening", "Stats"]
@@ -419,7 +418,7 @@ class MappedDevice(BlockDevice):
                 line.target.event = self.trigger_event
                 line.target.resume()
             gate = self._plan
-            with self._topology:
+            with self._topology, no_garbage_collection():
                 old = self.live
                 self.live, self.inactive = table, None
                 self.suspended = False
@@ -702,8 +701,9 @@ class MappedDevice(BlockDevice):
 class Opening:
     """Somebody who has a device open: the shortest way from a client's request to a system call.
 
-    `read` and `write` do what preadv and pwritev of the device do, for one buffer, where that is no
-    more than passing a request on. What else there is goes to `read_slowly` and `write_slowly`.
+    `read` and `write` do what preadv and pwritev of the device do, for one buffer, where that is one
+    request to a file descriptor. All else goes to `read_slowly` and `write_slowly`; so do requests
+    that failed or came short, to be made again by the device, which says what is wrong.
 
     Args:
         device: the device.
@@ -739,15 +739,14 @@ class Opening:
                 and length <= self.largest
                 and stats.reads & stats.read_mask
             ):
-                if segment.fd >= 0:
-                    moved = _preadv(segment.fd, (view,), offset + segment.skew)
-                elif plan.running:
-                    segment.preadv((view,), offset + segment.skew)
-                    moved = length
-        except OSError as error:
-            # What failed on a descriptor is tried again by the device, which says what is wrong.
-            if segment.fd < 0:
-                self.failed(segment, error, "read", offset, length)
+                fd = segment.fd
+                place = offset + segment.skew
+                if fd < 0:
+                    fd, place = segment.spot(place, length)
+                if fd >= 0:
+                    moved = _preadv(fd, (view,), place)
+        except OSError:
+            pass
         finally:
             lane.left += 1
         if moved == length:
@@ -781,17 +780,15 @@ class Opening:
                 and not flags
                 and not device.readonly
             ):
+                fd = segment.fd
                 place = offset + segment.skew
-                if segment.fd >= 0:
-                    # A write must not make a file longer again that somebody has cut short.
-                    if _lseek(segment.fd, 0, _SEEK_END) >= place + length:
-                        moved = _pwrite(segment.fd, view, place)
-                elif plan.running:
-                    segment.pwritev((view,), place)
-                    moved = length
-        except OSError as error:
-            if segment.fd < 0:
-                self.failed(segment, error, "write", offset, length)
+                if fd < 0:
+                    fd, place = segment.spot(place, length)
+                # A write must not make a file longer again that somebody has cut short.
+                if fd >= 0 and _lseek(fd, 0, _SEEK_END) >= place + length:
+                    moved = _pwrite(fd, view, place)
+        except OSError:
+            pass
         finally:
             lane.left += 1
         if moved == length:
@@ -799,13 +796,6 @@ class Opening:
             stats.write_bytes += length
         else:
             self.write_slowly(view, offset, flags != 0)
-
-    def failed(
-        self, segment: Segment, error: OSError, what: str, offset: int, length: int
-    ) -> NoReturn:
-        """Count a failed request and raise its error."""
-        self.device.note_failure(segment, error)
-        raise error
 
     def read_slowly(self, view: memoryview, offset: int) -> None:
         """Fill a view by the device's own means."""

@@ -18,7 +18,7 @@ from dmpy.backing import Leaves
 from dmpy.device import BlockDevice
 from dmpy.errors import DeviceError, TableError
 from dmpy.mapped import MAJOR, MappedDevice
-from dmpy.table import Table
+from dmpy.table import Table, no_garbage_collection
 from dmpy.target import target_types
 from dmpy.units import SECTOR_SHIFT
 
@@ -92,6 +92,8 @@ class Mapper:
         self._journal = journal
         self._leaves = leaves or Leaves()
         self._devices: dict[str, MappedDevice] = {}
+        # Numbers of devices that are being removed: the journal may still have them.
+        self._leaving: set[int] = set()
         self._topology = threading.RLock()
         self._closed = False
 
@@ -257,6 +259,10 @@ class Mapper:
                 self._devices[name] = self._devices.pop(new_name)
                 device.name = name
             raise
+        self.failed = [
+            entry._replace(name=new_name) if entry.minor == device.minor else entry
+            for entry in self.failed
+        ]
         device.trigger_event()
         self._tell("renamed", device)
         return device
@@ -340,6 +346,7 @@ class Mapper:
             raise DeviceError(errno.EBUSY, f"device {device.name} is in use {_by_whom(device)}")
         device.removed = True
         del self._devices[device.name]
+        self._leaving.add(device.minor)
 
     # Take down a device that is out of the registry.
     def _take_down(self, device: MappedDevice) -> None:
@@ -352,6 +359,8 @@ class Mapper:
                 device.removed = False
                 self._devices[device.name] = device
             raise
+        finally:
+            self._leaving.discard(device.minor)
         self._shut_and_close(device)
         self._forget_failure(device.minor)
         self._tell("removed", device)
@@ -421,7 +430,7 @@ class Mapper:
 
     def _free_minor(self, wanted: int | None) -> int:
         taken = {device.minor for device in self._devices.values()}
-        taken |= {entry.minor for entry in self.failed}
+        taken |= {entry.minor for entry in self.failed} | self._leaving
         if wanted is None:
             return next(number for number in range(_MINORS) if number not in taken)
         if not 0 <= wanted < _MINORS:
@@ -453,7 +462,8 @@ class Mapper:
             return below
 
         try:
-            return Table.parse(text, open_device, readonly=readonly)
+            with no_garbage_collection():
+                return Table.parse(text, open_device, readonly=readonly)
         except BaseException:
             self._release_devices(device, opened)
             raise

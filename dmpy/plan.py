@@ -74,7 +74,7 @@ class Segment:
         fd: as the device has it.
     """
 
-    __slots__ = ("begin", "device", "end", "fd", "lane", "preadv", "pwritev", "skew")
+    __slots__ = ("begin", "device", "end", "fd", "lane", "preadv", "pwritev", "skew", "spot")
 
     def __init__(
         self, begin: int, end: int, device: BlockDevice, skew: int, lane: Lane
@@ -88,6 +88,7 @@ class Segment:
         # Bound once, for the request path.
         self.preadv = device.preadv
         self.pwritev = device.pwritev
+        self.spot = device.spot
 
     def __repr__(self) -> str:
         return f"Segment({self.begin}, {self.end}, {self.device.name}, {self.skew})"

@@ -267,7 +267,13 @@ class Target(BlockDevice):
 
 
 class MapTarget(Target):
-    """A target that only says where bytes live; this class moves them."""
+    """A target that only says where bytes live; this class moves them.
+
+    Attributes:
+        pure: map() says the same for ever, for reads and writes alike.
+    """
+
+    pure: ClassVar[bool] = False
 
     @abstractmethod
     def map(self, op: Op, offset: int, length: int) -> list[Run]:
@@ -281,6 +287,17 @@ class MapTarget(Target):
         Returns:
             Runs that follow each other and fill the piece exactly.
         """
+
+    def spot(self, offset: int, length: int) -> tuple[int, int]:
+        if not self.pure:
+            return -1, 0
+        runs = self.map(_READ, offset, length)
+        leg, place, _ = runs[0]
+        segment = self.legs[leg].segment
+        # Whoever passes over a device has to be on a lane of the leg's: not by this way.
+        if len(runs) > 1 or segment.fd < 0 or segment.lane.passed:
+            return -1, 0
+        return segment.fd, place + segment.skew
 
     def leg_error(self, leg: int, error: OSError) -> None:
         """Take note that a leg failed a request; the error goes on to whoever asked."""

@@ -21,6 +21,7 @@ class Linear(MapTarget):
     type_name = "linear"
     version = (1, 4, 0)
     transparent = True
+    pure = True
 
     def __init__(self, leg: Leg) -> None:
         super().__init__(leg.length, [leg])

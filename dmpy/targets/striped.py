@@ -30,6 +30,7 @@ class Striped(MapTarget):
 
     type_name = "striped"
     version = (1, 6, 0)
+    pure = True
 
     def __init__(self, chunk_size: int, legs: Sequence[Leg]) -> None:
         super().__init__(sum(leg.length for leg in legs), legs)

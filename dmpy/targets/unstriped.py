@@ -28,6 +28,7 @@ class Unstriped(MapTarget):
 
     type_name = "unstriped"
     version = (1, 1, 0)
+    pure = True
 
     def __init__(
         self, length: int, stripes: int, chunk_size: int, stripe: int, leg: Leg

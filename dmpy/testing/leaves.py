@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections import Counter
 from collections.abc import Mapping
 
@@ -25,6 +26,8 @@ class GivenLeaves:
     def __init__(self, devices: Mapping[str, BlockDevice]) -> None:
         self.devices = devices
         self.opened: Counter[str] = Counter()
+        # Protects the counts; nothing is called while it is held.
+        self._lock = threading.Lock()
 
     def open(self, word: str, *, readonly: bool = False, cwd: str = "/") -> BlockDevice:
         """Return the device of a word.
@@ -36,16 +39,18 @@ class GivenLeaves:
             device = self.devices[word]
         except KeyError:
             raise DeviceError(errno.ENOENT, f"{word}: no such device in this test") from None
-        self.opened[word] += 1
+        with self._lock:
+            self.opened[word] += 1
         return device
 
     def release(self, device: BlockDevice) -> None:
         """Count a device back."""
         word = next(word for word, known in self.devices.items() if known is device)
-        self.opened[word] -= 1
-        assert self.opened[word] >= 0, f"{word}: released more often than opened"
-        if not self.opened[word]:
-            del self.opened[word]
+        with self._lock:
+            self.opened[word] -= 1
+            assert self.opened[word] >= 0, f"{word}: released more often than opened"
+            if not self.opened[word]:
+                del self.opened[word]
 
     def close(self) -> None:
         """There is nothing to close: the devices belong to the test."""
