@@ -746,7 +746,7 @@ class Opening:
                 if fd >= 0:
                     moved = _preadv(fd, (view,), place)
         except OSError:
-            pass
+            moved = -1  # the device will say what is wrong
         finally:
             lane.left += 1
         if moved == length:
@@ -788,7 +788,7 @@ class Opening:
                 if fd >= 0 and _lseek(fd, 0, _SEEK_END) >= place + length:
                     moved = _pwrite(fd, view, place)
         except OSError:
-            pass
+            moved = -1  # the device will say what is wrong
         finally:
             lane.left += 1
         if moved == length:

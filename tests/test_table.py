@@ -122,9 +122,10 @@ def test_lines_that_cut_the_blocks_of_a_leg_are_refused():
 
 
 def test_a_long_table_loads_in_a_time_that_grows_with_its_length():
-    lines = "\n".join(f"{number * 8} 8 linear mem:64M {number % 1000 * 8}" for number in range(5000))
+    leaf = open_leaf("mem:64M")
+    lines = "\n".join(f"{line * 8} 8 linear x {line % 1000 * 8}" for line in range(5000))
     begun = time.perf_counter()
-    table = parse(lines)
+    table = Table.parse(lines, lambda word: leaf)
     assert len(table.lines) == 5000
     assert time.perf_counter() - begun < 2
     assert table.find(8 * 4999) is table.lines[-1].target

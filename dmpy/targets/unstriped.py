@@ -49,7 +49,7 @@ class Unstriped(MapTarget):
             )
         stripes = args.integer("number of stripes", 1, _MOST, plus=True)
         chunk_size_sectors = args.integer("chunk size in sectors", 1, _MOST, plus=True)
-        # The kernel takes the number of stripes itself too, and any number where there is one stripe.
+        # The kernel takes the number of stripes itself too, and any where there is one stripe.
         most = stripes if stripes > 1 else _MOST
         stripe = args.integer("number of the stripe to pick", 0, most, plus=True)
         length_sectors = length >> SECTOR_SHIFT
