@@ -273,7 +273,7 @@ class MappedDevice(BlockDevice):
     def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
     ) -> None:
-        """Make the range read as zeroes; where `fast_only` fails, a part of it may do so already."""
+        """Make the range read as zeroes; where `fast_only` fails, a part of it may already."""
         self._each(
             offset,
             length,
@@ -701,9 +701,9 @@ class MappedDevice(BlockDevice):
 class Opening:
     """Somebody who has a device open: the shortest way from a client's request to a system call.
 
-    `read` and `write` do what preadv and pwritev of the device do, for one buffer, where that is one
-    request to a file descriptor. All else goes to `read_slowly` and `write_slowly`; so do requests
-    that failed or came short, to be made again by the device, which says what is wrong.
+    `read` and `write` do what preadv and pwritev of the device do, for one buffer, where that is
+    one request to a file descriptor. All else goes to `read_slowly` and `write_slowly`; so do
+    requests that failed or came short, to be made again by the device, which says what is wrong.
 
     Args:
         device: the device.

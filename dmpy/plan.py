@@ -1,14 +1,14 @@
 """Where the bytes of a device really are: segments, and who is on them.
 
-A table is loaded in lines and used in segments. A linear line stands for the segments of the device
-below it, so that a stack of any depth costs one look-up; every other target stays a layer of its own,
-and its legs point through linear devices in the same way. What is passed over like this is noted in
-the segment's lane: when the device that was passed over is suspended, whoever passed over it gets a
-new plan, and the requests that are still on the old lanes are waited for.
+A table is loaded in lines and used in segments. A linear line stands for the segments of the
+device below it, so that a stack of any depth costs one look-up; every other target stays a layer
+of its own, and its legs point through linear devices in the same way. What is passed over like
+this is noted in the segment's lane: when the device that was passed over is suspended, whoever
+passed over it gets a new plan, and the requests that are still on the old lanes are waited for.
 
-A request (1) picks a segment of the current plan, (2) enters its lane, (3) checks that the plan is
-still the current one and begins anew otherwise, (4) moves bytes, (5) leaves. So after a plan has been
-replaced nobody new moves bytes by it, and once its lanes are empty nobody does.
+A request (1) picks a segment of the current plan, (2) enters its lane, (3) checks that the plan
+is still the current one and begins anew otherwise, (4) moves bytes, (5) leaves. So after a plan
+has been replaced nobody new moves bytes by it, and once its lanes are empty nobody does.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ if not getattr(sys, "_is_gil_enabled", lambda: True)():
 class Lane:
     """Counts the requests under way on segments that pass over the same devices.
 
-    Whoever uses such a segment does `lane.entered += 1` before, and `lane.left += 1` after, also when
-    it failed. That is safe without a lock: CPython lets another thread run at calls and at backward
-    jumps, and there is none between loading and storing the number of a slot. A lock would cost
-    350 ns a request, an atomic itertools.count 70 ns, this 30 ns.
+    Whoever uses such a segment does `lane.entered += 1` before, and `lane.left += 1` after, also
+    when it failed. That is safe without a lock: CPython lets another thread run at calls and at
+    backward jumps, and there is none between loading and storing the number of a slot. A lock would
+    cost 350 ns a request, an atomic itertools.count 70 ns, this 30 ns.
 
     Attributes:
         passed: the mapped devices that are passed over.

@@ -6,8 +6,8 @@
         dm.suspend("r0")  # what the client sends now waits
 
 The devices stay in this process, where tables can be loaded and legs made to fail while clients
-run. nbdkit runs beside it with plugins/proxy.py, which passes each request on through a private Unix
-socket: one connection for each of a client's, each served by a thread here.
+run. nbdkit runs beside it with plugins/proxy.py, which passes each request on through a private
+Unix socket: one connection for each of a client's, each served by a thread here.
 
 A request is a head (operation, flags, offset, length) and for writes and names the bytes; a reply
 is an errno, a length and as many bytes: what was read, or the sentence of the error.

@@ -1,7 +1,8 @@
 """Tables: the text that says what a device is made of, and what it becomes when loaded.
 
-A line is `begin len type arguments`, in sectors, as dmsetup has it. Blank lines and lines that begin
-with # are passed over. Words are separated by white space; a backslash quotes the character behind it.
+A line is `begin len type arguments`, in sectors, as dmsetup has it. Blank lines and lines that
+begin with # are passed over. Words are separated by white space; a backslash quotes the character
+behind it.
 
 Source: Linux v6.12 drivers/md/dm-table.c, dm_table_add_target(), dm_split_args(); dmsetup(8).
 """
