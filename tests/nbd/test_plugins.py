@@ -7,12 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
 from dmpy.client import Client
 from tests import needs
-from tests.nbd.conftest import MIB, ROOT
+from tests.nbd.conftest import FIO, MIB, ROOT
 
 pytest.importorskip("nbd", reason="the Python module nbd is missing (package python3-libnbd)")
 import nbd
@@ -305,6 +306,35 @@ def test_requests_wait_while_a_device_is_suspended(server):
     while not done:
         assert handle.poll(5000) == 1
     assert done == [0]
+
+
+def test_fio_verifies_while_the_server_moves_a_device_to_another_leg(server, images):
+    """Through the control socket, as `dmpy load`, `suspend` and `resume` do it."""
+    here, there = images(32 * MIB, 32 * MIB)
+    server.call("create", name="low", table=f"0 65536 linear {here} 0")
+    server.call("create", name="r0", table="0 32768 linear low 0\n32768 32768 linear low 32768")
+    fio = subprocess.Popen(
+        [
+            needs.tool("fio"), *FIO, f"--uri={server.uri('r0')}", "--rw=randrw", "--numjobs=4",
+            "--size=8M", "--offset_increment=8M", "--time_based", "--runtime=3",
+            "--verify_backlog=64",
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    moves = 0
+    while fio.poll() is None and moves < 8:
+        time.sleep(0.2)
+        server.call("load", name="low", table=f"0 65536 linear {there} 0")
+        server.call("suspend", name="low")  # r0 passes over it, and has to wait too
+        there.write_bytes(here.read_bytes())
+        server.call("resume", name="low")
+        here, there = there, here
+        moves += 1
+    output, _ = fio.communicate(timeout=60)
+    assert fio.returncode == 0 and "err= 0" in output and "verify:" not in output, output
+    assert moves >= 3
+    stats = server.call("stats", name="r0")
+    assert stats["errors"] == 0 and stats["writes"] > 1000
 
 
 def test_a_server_with_suspended_devices_and_waiting_requests_ends(server):
