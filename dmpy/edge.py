@@ -37,8 +37,8 @@ _EXTENTS_WINDOW = 64 << 20
 def advertised(block_size: BlockSize) -> BlockSize:
     """Return block sizes that NBD can carry and that suit the device.
 
-    NBD wants a minimum that is a power of two of at most 64 KiB, a preferred size that is one of 512
-    bytes to 32 MiB, and a maximum that is a multiple of the minimum. Where a device cannot be
+    NBD wants a minimum that is a power of two of at most 64 KiB, a preferred size that is one of
+    512 bytes to 32 MiB, and a maximum that is a multiple of the minimum. Where a device cannot be
     described like this, what does not fit is put right by Edge.
     """
     # The largest power of two that divides the device's minimum.
@@ -142,6 +142,14 @@ class Edge:
         Where blocks are larger than a byte every write has to look at the range lock.
         """
         return -1 if self._unit > 1 else self._odd_size
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest request that goes to the device as it is wherever it begins, or 0."""
+        if self.odd_offset:
+            return 0
+        odd = self.odd_read | self.odd_write
+        return (odd & -odd) - 1 if odd else _REQUEST_LIMIT
 
     # The bits of lengths above the maximum; none where no request can be so large.
     @property

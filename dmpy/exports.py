@@ -116,6 +116,8 @@ class OneTablePlugin(Plugin):
         cwd: the folder that nbdkit was started in; relative paths begin there.
     """
 
+    has_mapped_devices = True
+
     def __init__(
         self,
         name: str,
@@ -207,6 +209,8 @@ class ServerPlugin(Plugin):
     text over HTTP, HOST:PORT or unix:PATH), tcp_uri=URI (where it is to be found over TCP, if
     nbdkit was told to listen there; with nbds: clients there need TLS), loglevel=LEVEL.
     """
+
+    has_mapped_devices = True
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
