@@ -7,6 +7,7 @@ that only a bug reaches.
 import errno
 import faulthandler
 import random
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -149,6 +150,43 @@ def test_a_suspended_lower_device_stops_the_requests_to_its_part_only():
         across.done()
 
 
+def test_a_change_at_the_bottom_reaches_the_top_of_a_high_stack():
+    with mapper_on("old", "new") as (dm, disks):
+        dm.create("d0", "0 64 linear old 0")
+        for n in range(1, 6):
+            top = dm.create(f"d{n}", f"0 64 linear /dev/mapper/d{n - 1} 0")
+        # A short way to the bottom besides, so that the order of the layers matters.
+        top = dm.create("top", "0 64 linear /dev/mapper/d5 0\n64 64 linear /dev/mapper/d0 0")
+        assert read(top, 1) == pattern(SECTOR, SECTOR, 1).tobytes()
+        dm.suspend("d0")
+        callers = [Caller(read, top, sector) for sector in (1, 65)]
+        assert all(caller.stuck() for caller in callers)
+        dm.load("d0", "0 64 linear new 0")
+        dm.resume("d0")
+        for caller in callers:
+            assert caller.done() == pattern(SECTOR, SECTOR, 2).tobytes()
+        assert read(top, 1) == read(top, 65) == pattern(SECTOR, SECTOR, 2).tobytes()
+
+
+@pytest.mark.parametrize("layer", ["linear /dev/mapper/low 0", "striped 1 8 /dev/mapper/low 0"])
+def test_a_lower_device_that_becomes_read_only_refuses_the_writes_from_above(layer):
+    with mapper_on("disk") as (dm, disks):
+        dm.create("low", "0 64 linear disk 0")
+        top = dm.create("top", f"0 64 {layer}")
+        write(top, 0, bytes(SECTOR))
+        dm.load("low", "0 64 linear disk 0", readonly=True)
+        dm.resume("low")
+        for call in (
+            lambda: write(top, 0, b"x" * SECTOR),
+            lambda: top.write_zeroes(0, SECTOR),
+            lambda: top.discard(0, SECTOR),
+        ):
+            with pytest.raises(OSError) as caught:
+                call()
+            assert caught.value.errno == errno.EROFS
+        assert read(top, 0) == bytes(SECTOR)
+
+
 def test_a_suspended_leg_of_a_stripe_stops_the_chunks_on_it_only():
     with mapper_on("left", "right") as (dm, disks):
         dm.create("l", "0 64 linear left 0")
@@ -190,6 +228,25 @@ def test_a_lower_suspend_waits_for_requests_on_the_legs_of_a_stripe_above():
         disks["left"].release()
         reader.done()
         suspender.done()
+
+
+def test_neighbours_on_one_disk_that_belong_to_two_devices_are_suspended_apart():
+    """They are one stretch of the disk, and still two ways to it."""
+    with mapper_on("disk") as (dm, disks):
+        dm.create("l", "0 64 linear disk 0")
+        dm.create("r", "0 64 linear disk 64")
+        top = dm.create("top", "0 64 linear /dev/mapper/l 0\n64 64 linear /dev/mapper/r 0")
+        disks["disk"].hang(["read"], [(64 * SECTOR, SECTOR)])
+        reader = Caller(read, top, 64)
+        disks["disk"].wait_hanging()
+        Caller(dm.suspend, "l").done()
+        suspender = Caller(dm.suspend, "r")
+        assert suspender.stuck()
+        disks["disk"].release()
+        reader.done()
+        suspender.done()
+        dm.resume("l")
+        dm.resume("r")
 
 
 @pytest.mark.parametrize("layer", ["linear /dev/mapper/b 0", "striped 1 8 /dev/mapper/b 0"])
@@ -297,21 +354,77 @@ def test_a_request_that_has_only_picked_its_segment_does_not_use_it_after_a_susp
             assert data == b"n" * SECTOR
 
 
-def test_a_leg_that_has_only_picked_its_segment_does_not_use_it_after_a_suspend():
+@pytest.mark.parametrize("op", ["read", "write", "flush", "discard", "zero", "extents"])
+def test_a_leg_that_has_only_picked_its_segment_does_not_use_it_after_a_suspend(op):
     with mapper_on("old", "new") as (dm, disks):
         dm.create("low", "0 64 linear old 0")
         top = dm.create("top", "0 64 striped 1 8 /dev/mapper/low 0")
         (leg,) = top.live.lines[0].target.legs
         pausing = leg.segment = PausingSegment(leg.segment)
-        caller = Caller(read, top, 3)
+        calls = {
+            "read": lambda: read(top, 3),
+            "write": lambda: write(top, 3, bytes(SECTOR)),
+            "flush": top.flush,
+            "discard": lambda: top.discard(0, SECTOR),
+            "zero": lambda: top.write_zeroes(0, SECTOR),
+            "extents": lambda: list(top.extents(0, SECTOR)),
+        }
+        caller = Caller(calls[op])
         assert pausing.reached.wait(LIMIT)
         Caller(dm.suspend, "low").done()
         pausing.go_on.set()
         assert caller.stuck(), "it went on although the device was suspended"
-        assert not disks["old"].calls["read"]
+        assert not disks["old"].calls[op]
         dm.load("low", "0 64 linear new 0")
         dm.resume("low")
-        assert caller.done() == pattern(3 * SECTOR, SECTOR, 2).tobytes()
+        caller.done()
+        assert not disks["old"].calls[op]
+        assert disks["new"].calls[op]
+
+
+@pytest.mark.parametrize("way", ["read", "write"])
+def test_a_short_cut_to_a_file_does_not_outlive_the_device_that_it_passes_over(way, tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).write_bytes(bytes(64 * SECTOR))
+    with Mapper() as dm:
+        dm.create("low", "0 64 linear old 0", cwd=str(tmp_path))
+        top = dm.create("top", "0 64 striped 1 8 /dev/mapper/low 0")
+        opening = opening_of(top)
+        (tmp_path / "old").write_bytes(b"o" * 64 * SECTOR)
+        (tmp_path / "new").write_bytes(b"n" * 64 * SECTOR)
+        reached, go_on = threading.Event(), threading.Event()
+        segment = top.plan_to_pass.segments[0]
+        spot = segment.spot
+
+        def slow_spot(offset, length):
+            found = spot(offset, length)
+            reached.set()
+            assert go_on.wait(LIMIT)
+            return found
+
+        segment.spot = slow_spot
+        view = memoryview(bytearray(b"w" * SECTOR))
+        caller = Caller(getattr(opening, way), view, 0)
+        assert reached.wait(LIMIT)
+        dm.load("low", "0 64 linear new 0", cwd=str(tmp_path))
+        mover = Caller(dm.resume, "low")
+        # Either the move waits for the request, or the request goes to the new place.
+        waits = mover.stuck(0.2)
+        # The numbers of descriptors that were closed have new owners at once.
+        (tmp_path / "stranger").write_bytes(b"s" * 64 * SECTOR)
+        strangers = [open(tmp_path / "stranger", "r+b") for _ in range(8)]
+        go_on.set()
+        mover.done()
+        caller.done()
+        for stranger in strangers:
+            stranger.close()
+        assert (tmp_path / "stranger").read_bytes() == b"s" * 64 * SECTOR
+        place, other = ("old", "new") if waits else ("new", "old")
+        if way == "read":
+            assert view == place[:1].encode() * SECTOR
+        else:
+            assert (tmp_path / place).read_bytes()[:SECTOR] == b"w" * SECTOR
+            assert (tmp_path / other).read_bytes() == other[:1].encode() * 64 * SECTOR
 
 
 def test_a_flush_that_waits_below_does_not_block_reads_elsewhere():
@@ -520,6 +633,7 @@ class Journal:
         self.kept = {}
         self.error = None
         self.before_record = lambda entry: None
+        self.before_forget = lambda minor: None
 
     def record(self, entry):
         self.before_record(entry)
@@ -528,6 +642,7 @@ class Journal:
         self.kept[entry["minor"]] = entry
 
     def forget(self, minor):
+        self.before_forget(minor)
         if self.error is not None:
             raise DeviceError(self.error, "journal: no space")
         self.kept.pop(minor, None)
@@ -582,6 +697,15 @@ def test_a_removed_device_does_not_come_back_to_the_journal():
         assert device.minor not in journal.kept
 
 
+def test_a_number_is_not_given_away_before_the_journal_has_forgotten_it():
+    journal = Journal()
+    with Mapper(journal=journal) as dm:
+        dm.create("a", "0 8 zero")
+        journal.before_forget = lambda minor: Caller(dm.create, "b", "0 8 zero").done()
+        dm.remove("a")
+        assert list(journal.kept) == [dm.device("b").minor]
+
+
 def test_a_change_that_cannot_be_noted_is_reported_and_not_made():
     journal = Journal()
     with Mapper(journal=journal) as dm:
@@ -605,6 +729,65 @@ def test_a_change_that_cannot_be_noted_is_reported_and_not_made():
             assert device.uuid == ""
         assert journal.kept == noted
         journal.error = None
+
+
+def state_of(device):
+    """A device as its entry in the journal should have it."""
+    return {
+        "minor": device.minor,
+        "name": device.name,
+        "uuid": device.uuid,
+        "readonly": device.readonly,
+        "suspended": device.suspended,
+        "live": device.table_text() or None,
+        "inactive": device.table_text(inactive=True) or None,
+    }
+
+
+def test_the_journal_is_true_after_many_threads_have_changed_everything():
+    journal = Journal()
+    allowed = (errno.EBUSY, errno.ENXIO, errno.EINVAL, errno.ELOOP)
+    with Mapper(journal=journal) as dm:
+        swarm = Swarm()
+
+        def change(rng):
+            name = f"d{rng.randrange(3)}"
+            table = f"0 {rng.randrange(1, 9)} zero"
+            if rng.random() < 0.3:
+                table = f"0 1 linear /dev/mapper/d{rng.randrange(3)} 0"
+            steps = [
+                lambda: dm.create(name, rng.choice([None, table]), readonly=rng.random() < 0.2),
+                lambda: dm.load(name, table, readonly=rng.choice([None, True, False])),
+                lambda: dm.clear(name),
+                lambda: dm.suspend(name),
+                lambda: dm.resume(name),
+                lambda: dm.rename(name, f"d{rng.randrange(3)}"),
+                lambda: dm.set_uuid(name, f"u{rng.randrange(3)}"),
+                lambda: dm.remove(name, force=rng.random() < 0.3, deferred=rng.random() < 0.2),
+            ]
+            try:
+                rng.choice(steps)()
+            except OSError as error:
+                assert error.errno in (*allowed, errno.EACCES), error
+            except TableError:
+                pass
+
+        for n in range(4):
+            swarm.add(f"changer {n}", change)
+        swarm.run(1.5)
+        devices = {device.minor: device for device in dm.devices()}
+        assert journal.kept.keys() == devices.keys()
+        for minor, entry in journal.kept.items():
+            assert {key: entry[key] for key in state_of(devices[minor])} == state_of(
+                devices[minor]
+            )
+        # No device is held by one that is gone.
+        for device in devices.values():
+            assert set(device.holders) <= set(devices.values())
+        for device in devices.values():
+            tables = [table for table in (device.live, device.inactive) if table is not None]
+            for table in tables:
+                assert all(below.holders[device] for below in table.devices)
 
 
 # Everything at once.
@@ -633,15 +816,21 @@ class Swarm:
         self.threads.append(threading.Thread(target=run, name=name, daemon=True))
 
     def run(self, seconds):
-        for thread in self.threads:
-            thread.start()
-        self.stop.wait(seconds)
-        self.stop.set()
-        for thread in self.threads:
-            thread.join(LIMIT)
-            if thread.is_alive():
-                faulthandler.dump_traceback(all_threads=True)
-                raise AssertionError(f"{thread.name} hangs")
+        # Threads take turns far more often than Python lets them, to meet in the worst places.
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            for thread in self.threads:
+                thread.start()
+            self.stop.wait(seconds)
+            self.stop.set()
+            for thread in self.threads:
+                thread.join(LIMIT)
+                if thread.is_alive():
+                    faulthandler.dump_traceback(all_threads=True)
+                    raise AssertionError(f"{thread.name} hangs")
+        finally:
+            sys.setswitchinterval(interval)
         if self.failures:
             raise self.failures[0]
         assert all(self.rounds.get(thread.name) for thread in self.threads), self.rounds
@@ -759,7 +948,8 @@ def test_requests_by_file_descriptor_go_to_the_right_file_while_files_are_exchan
         content[name] = pattern(0, 64 * SECTOR, salt).tobytes()
         (tmp_path / name).write_bytes(content[name])
     with Mapper() as dm:
-        device = dm.create("m", "0 64 linear a 0", cwd=str(tmp_path))
+        dm.create("low", "0 64 linear a 0", cwd=str(tmp_path))
+        device = dm.create("m", "0 64 linear /dev/mapper/low 0", cwd=str(tmp_path))
         opening = Opening(device, 1 << 20)
         swarm = Swarm()
 
@@ -775,8 +965,10 @@ def test_requests_by_file_descriptor_go_to_the_right_file_while_files_are_exchan
             opening.write(view, sector * SECTOR)
 
         def exchange(rng):
-            dm.load("m", f"0 64 linear {rng.choice('ab')} 0", cwd=str(tmp_path))
-            dm.resume("m")
+            name, below = rng.choice([("low", ""), ("m", ""), ("m", "/dev/mapper/low")])
+            target = rng.choice(["linear", "striped 1 8", "unstriped 1 64 0"])
+            dm.load(name, f"0 64 {target} {below or rng.choice('ab')} 0", cwd=str(tmp_path))
+            dm.resume(name)
 
         def stranger(rng):
             with open(tmp_path / "stranger", "r+b") as file:
@@ -789,7 +981,7 @@ def test_requests_by_file_descriptor_go_to_the_right_file_while_files_are_exchan
         swarm.add("writer", writer)
         swarm.add("exchange", exchange)
         swarm.add("stranger", stranger)
-        swarm.run(1.0)
+        swarm.run(1.5)
     for name, expected in content.items():
         assert (tmp_path / name).read_bytes() == expected
 
