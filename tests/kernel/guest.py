@@ -42,10 +42,12 @@ mountpoint -q /dev || mount -t devtmpfs dev /dev
 mkdir -p /dev/pts
 for d in /run /mnt /tmp /var/tmp; do mount -t tmpfs tmpfs $d; done
 mkdir -p /run/w /run/repo /run/m/lib/modules/$(uname -r)
-mount -t hostfs -o {folder} none /run/w
-mount -t hostfs -o {repo},ro none /run/repo || mount -r -t hostfs -o {repo} none /run/repo
-mount -t hostfs -o {modules}/$(uname -r) none /run/m/lib/modules/$(uname -r)
-ip link set lo up
+# Linux 6.12 wants the host's folder by name, 6.1 bare.
+host() {{ mount -t hostfs $3 -o hostfs=$1 none $2 2>/dev/null || mount -t hostfs $3 -o $1 none $2; }}
+host {folder} /run/w
+host {repo} /run/repo -r
+host {modules}/$(uname -r) /run/m/lib/modules/$(uname -r)
+! command -v ip >/dev/null || ip link set lo up
 for m in {names}; do modprobe -d /run/m $m || echo "module $m: not loaded" >&2; done
 cd /run/w
 dmesg -C

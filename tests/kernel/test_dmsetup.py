@@ -28,7 +28,6 @@ DISK_SECTORS = 4096
 COMMANDS: list[list[str]] = [
     words.split("|")
     for words in """
-version
 ls
 info
 info|-c
