@@ -43,7 +43,9 @@ mkdir -p /dev/pts
 for d in /run /mnt /tmp /var/tmp; do mount -t tmpfs tmpfs $d; done
 mkdir -p /run/w /run/repo /run/m/lib/modules/$(uname -r)
 # Linux 6.12 wants the host's folder by name, 6.1 bare.
-host() {{ mount -t hostfs $3 -o hostfs=$1 none $2 2>/dev/null || mount -t hostfs $3 -o $1 none $2; }}
+host() {{
+    mount -t hostfs $3 -o hostfs=$1 none $2 2>/dev/null || mount -t hostfs $3 -o $1 none $2
+}}
 host {folder} /run/w
 host {repo} /run/repo -r
 host {modules}/$(uname -r) /run/m/lib/modules/$(uname -r)

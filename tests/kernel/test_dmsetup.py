@@ -134,8 +134,10 @@ _IN_GUEST = """
 import json, subprocess
 answers = []
 for words in json.load(open("commands")):
-    a = subprocess.run(["dmsetup", *words], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    answers.append([a.returncode, a.stdout, a.stderr])
+    done = subprocess.run(
+        ["dmsetup", *words], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    answers.append([done.returncode, done.stdout, done.stderr])
 json.dump(answers, open("answers", "w"))
 """
 

@@ -39,7 +39,6 @@ export PYTHONPATH=/run/repo:$(echo /run/repo/.venv/lib/python3*/site-packages)
 dmpy() { /usr/bin/python3 -m dmpy.cli.main "$@"; }
 
 for name in left right r0; do dmpy create $name <$name.table; done
-uptime=$(cut -d' ' -f1 /proc/uptime); echo "created at $uptime"
 nbd-client -unix /run/dmpy/nbd.sock /dev/nbd0 -N r0 -C 2
 blockdev --getsize64 /dev/nbd0 >size
 mkfs.ext4 -q -F /dev/nbd0
@@ -49,13 +48,13 @@ mkdir /mnt/m/tree
 cp -a /run/repo/dmpy/*.py /run/repo/tests/kernel /mnt/m/tree
 dd if=/dev/urandom of=/mnt/m/random bs=64k count=160 status=none
 dd if=/dev/urandom of=/mnt/m/synced bs=1k count=20 oflag=sync status=none
-truncate -s 5M /mnt/m/sparse; dd if=/dev/urandom of=/mnt/m/sparse bs=4k seek=700 count=3 conv=notrunc status=none
+truncate -s 5M /mnt/m/sparse
+dd if=/dev/urandom of=/mnt/m/sparse bs=4k seek=700 count=3 conv=notrunc status=none
 (cd /mnt/m && find . -type f -print0 | sort -z | xargs -0 sha256sum) >sums
 fstrim -v /mnt/m
 umount /mnt/m
 e2fsck -fn /dev/nbd0
 nbd-client -d /dev/nbd0
-uptime=$(cut -d' ' -f1 /proc/uptime); echo "first round ended at $uptime"
 
 node=$(dmpy attach r0)
 echo "$node" >node
