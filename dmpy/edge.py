@@ -145,7 +145,7 @@ class Edge:
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest request that goes to the device as it is wherever it begins, or 0."""
+        """Bytes of the largest request that needs neither read() nor write(), or 0 for none."""
         if self.odd_offset:
             return 0
         odd = self.odd_read | self.odd_write

@@ -92,8 +92,10 @@ class Mapper:
         self._journal = journal
         self._leaves = leaves or Leaves()
         self._devices: dict[str, MappedDevice] = {}
-        # Numbers of devices that are being removed: the journal may still have them.
-        self._leaving: set[int] = set()
+        # Minor numbers that are taken; None for a device that the journal may have and we have not.
+        self._numbers: dict[int, MappedDevice | None] = {}
+        # Every number below this one is taken.
+        self._lowest = 0
         self._topology = threading.RLock()
         self._closed = False
 
@@ -121,7 +123,7 @@ class Mapper:
                 found = self._find(lambda device: bool(uuid) and device.uuid == uuid)
                 what = f"device with uuid {uuid}"
             else:
-                found = self._find(lambda device: device.minor == minor)
+                found = self._numbers.get(minor)
                 what = f"device {MAJOR}:{minor}"
         if found is None:
             raise DeviceError(errno.ENXIO, f"{what} does not exist")
@@ -179,7 +181,7 @@ class Mapper:
             )
             device.readonly = readonly
             device.on_last_close = self._last_close
-            self._devices[name] = device
+            self._devices[name] = self._numbers[number] = device
         try:
             if table is not None:
                 self._load(device, table, readonly, cwd)
@@ -263,7 +265,7 @@ class Mapper:
             entry._replace(name=new_name) if entry.minor == device.minor else entry
             for entry in self.failed
         ]
-        device.trigger_event()
+        _tell_waiters(device)
         self._tell("renamed", device)
         return device
 
@@ -281,7 +283,7 @@ class Mapper:
         except OSError:
             device.uuid = ""
             raise
-        device.trigger_event()
+        _tell_waiters(device)
         return device
 
     def message(self, name: str, sector: int, text: str) -> str:
@@ -327,6 +329,7 @@ class Mapper:
                 if entry.name == name and name not in self._devices:
                     self._forget(entry.minor)
                     self._forget_failure(entry.minor)
+                    self._free_number(entry.minor)
                     return True
         return False
 
@@ -346,7 +349,7 @@ class Mapper:
             raise DeviceError(errno.EBUSY, f"device {device.name} is in use {_by_whom(device)}")
         device.removed = True
         del self._devices[device.name]
-        self._leaving.add(device.minor)
+        self._numbers[device.minor] = None
 
     # Take down a device that is out of the registry.
     def _take_down(self, device: MappedDevice) -> None:
@@ -357,10 +360,9 @@ class Mapper:
             # It would come back at the next start, so it may as well stay.
             with self._topology:
                 device.removed = False
-                self._devices[device.name] = device
+                self._devices[device.name] = self._numbers[device.minor] = device
             raise
-        finally:
-            self._leaving.discard(device.minor)
+        self._free_number(device.minor)
         self._shut_and_close(device)
         self._forget_failure(device.minor)
         self._tell("removed", device)
@@ -372,6 +374,8 @@ class Mapper:
             # Somebody may have removed it already, and made another of that name.
             if self._devices.get(device.name) is device:
                 del self._devices[device.name]
+            if self._numbers.get(device.minor) is device:
+                self._free_number(device.minor)
         self._shut_and_close(device)
 
     # End a device's requests, then drop its tables.
@@ -429,18 +433,26 @@ class Mapper:
             raise DeviceError(errno.EBUSY, f"uuid {uuid} is that of device {taken.name} already")
 
     def _free_minor(self, wanted: int | None) -> int:
-        taken = {device.minor for device in self._devices.values()}
-        taken |= {entry.minor for entry in self.failed} | self._leaving
         if wanted is None:
-            return next(number for number in range(_MINORS) if number not in taken)
+            while self._lowest in self._numbers:
+                self._lowest += 1
+            if self._lowest == _MINORS:
+                raise DeviceError(errno.ENXIO, f"all {_MINORS} minor numbers are taken")
+            return self._lowest
         if not 0 <= wanted < _MINORS:
             raise DeviceError(
                 errno.EINVAL, f"minor number must be from 0 to {_MINORS - 1} (got {wanted})"
             )
-        if wanted in taken:
+        if wanted in self._numbers:
             # ENXIO rather than EBUSY is what the kernel says here.
             raise DeviceError(errno.ENXIO, f"minor number {wanted} is taken")
         return wanted
+
+    # Give a minor number back.
+    def _free_number(self, minor: int) -> None:
+        with self._topology:
+            del self._numbers[minor]
+            self._lowest = min(self._lowest, minor)
 
     # Tables
 
@@ -517,8 +529,7 @@ class Mapper:
     def _named(self, word: str) -> MappedDevice | None:
         numbers = _NUMBERS.fullmatch(word)
         if numbers is not None and int(numbers[1]) == MAJOR:
-            minor = int(numbers[2])
-            return self._find(lambda device: device.minor == minor)
+            return self._numbers.get(int(numbers[2]))
         folder, slash, name = word.rpartition("/")
         if slash and folder not in self.device_dirs:
             return None
@@ -591,6 +602,7 @@ class Mapper:
         waiting: list[tuple[MappedDevice, dict]] = []
         for entry in self._journal.entries():
             if "error" in entry:
+                self._numbers[entry["minor"]] = None
                 self._fail(entry, entry["error"])
                 continue
             device = MappedDevice(
@@ -602,7 +614,7 @@ class Mapper:
             )
             device.readonly = entry["readonly"]
             device.on_last_close = self._last_close
-            self._devices[device.name] = device
+            self._devices[device.name] = self._numbers[device.minor] = device
             waiting.append((device, entry))
         suspended_devices = [(device, entry["suspended"]) for device, entry in waiting]
         reasons: dict[int, str] = {}
@@ -655,6 +667,12 @@ class Mapper:
 
 
 # Names and uuids as check_name() in dm-ioctl.c and the sizes in struct dm_ioctl have it.
+# A new name or uuid is an event of the live table, so without one it is none.
+def _tell_waiters(device: MappedDevice) -> None:
+    if device.live is not None:
+        device.trigger_event()
+
+
 def _check_name(name: str) -> None:
     if not name:
         raise DeviceError(errno.EINVAL, "device name must not be empty")
