@@ -142,6 +142,7 @@ def run(words: Sequence[str]) -> int:
 def _run_verb(options: Options, verb: Verb, words: list[str]) -> int:
     driver = Driver(_mangling(options) if verb.name != "mangle" else "none")
     driver.verbose = options["verbose"] > 1
+    driver.inactive = bool(options["inactive"])
     try:
         return _run_with(Run(options, driver, verb), verb, words)
     finally:

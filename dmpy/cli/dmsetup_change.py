@@ -357,7 +357,7 @@ def rename(run: Run, words: list[str], info: Info | None, several: bool) -> None
             raise Failed
         uuid = run.driver.mangled(new, "new UUID")
         _by_name_only(run, address)
-        run.driver.call("rename", "set_uuid", address, new_uuid=uuid)
+        _rename(run, address, "set_uuid", "uuid", uuid)
         return
     if "/" in new:
         log_error(f'Name "{new}" invalid. It contains "/".')
@@ -370,7 +370,19 @@ def rename(run: Run, words: list[str], info: Info | None, several: bool) -> None
         raise Failed
     name = run.driver.mangled(new, "new name")
     _by_name_only(run, address)
-    run.driver.call("rename", "rename", address, new_name=name)
+    _rename(run, address, "rename", "name", name)
+
+
+# The kernel looks whether the new name or uuid is free before it looks at the device.
+def _rename(run: Run, address: Address, method: str, key: str, new: str) -> None:
+    try:
+        run.driver.ask(method, **address.selector(), **{f"new_{key}": new})
+    except ServerGone:
+        raise
+    except OSError as error:
+        if any(info[key] == new for info in run.driver.ask("info")):
+            error = OSError(errno.EBUSY, error.strerror)
+        run.driver.fail("rename", address, error)
 
 
 # The kernel finds a device that is to be renamed by its name only.

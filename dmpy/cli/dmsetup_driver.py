@@ -210,11 +210,16 @@ class Driver:
 
     Args:
         mangling: "none", "auto" or "hex": how names are shown and taken.
+
+    Attributes:
+        verbose: say the server's own sentence after libdm's.
+        inactive: the number of targets is that of a device's inactive table.
     """
 
     def __init__(self, mangling: str = "auto") -> None:
         self.mangling = mangling
         self.verbose = False
+        self.inactive = False
         self._client: Any = None
         self._devdir: str | None = None
         self._dev_dir = os.environ.get("DM_DEV_DIR") or "/dev/"
@@ -298,8 +303,12 @@ class Driver:
         Raises:
             Failed: a name cannot be shown in this mangling mode.
         """
+        lines = info["targets"] if info["live_table"] else 0
+        if self.inactive:
+            lines = len(self.ask("table", minor=info["minor"], inactive=True)["lines"])
         return {
             **info,
+            "targets": lines,
             "kernel_name": info["name"],
             "name": unmangle(info["name"], "name", self.mangling),
             "uuid": unmangle(info["uuid"], "UUID", self.mangling),

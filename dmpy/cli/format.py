@@ -65,7 +65,7 @@ def info_block(info: Info) -> str:
     tables = [word for word, key in (("LIVE", "live_table"), ("INACTIVE", "inactive_table"))
               if info[key]]
     lines = [("Name:", info["name"]), ("State:", state)]
-    if info["live_table"]:
+    if tables:
         lines.append(("Read Ahead:", READ_AHEAD_SECTORS))
     lines += [
         ("Tables present:", " & ".join(tables) or "None"),
@@ -269,19 +269,21 @@ def _lvm_name(part: int) -> Callable[[Info, _Names], str]:
 
 
 def split_lvm_name(name: str) -> tuple[str, str, str]:
-    """Split `vg-lv-layer` at its single hyphens; a doubled hyphen is one of the name's own."""
-    parts, word, i = [], "", 0
-    while i < len(name):
-        if name[i] == "-" and name[i:i + 2] == "--":
-            word += "-"
-            i += 1
-        elif name[i] == "-" and len(parts) < 2:
-            parts.append(word)
-            word = ""
-        else:
-            word += name[i]
-        i += 1
-    parts = [*parts, word, "", ""]
+    """Split `vg-lv-layer` at its single hyphens; a doubled hyphen is one of the name's own.
+
+    A hyphen at the end belongs to the name, and what follows a third single one is left out.
+    """
+    parts = ["", "", ""]
+    at = 0
+    for i in range(3):
+        while at < len(name):
+            if name[at] == "-" and at + 1 < len(name):
+                if name[at + 1] != "-":
+                    break
+                at += 1
+            parts[i] += name[at]
+            at += 1
+        at += 1
     return parts[0], parts[1], parts[2]
 
 
