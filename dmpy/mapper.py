@@ -680,18 +680,26 @@ def _check_name(name: str) -> None:
         raise DeviceError(errno.EINVAL, f"device name must not contain / or NUL (got {name!r})")
     if name in (".", "..", "control"):
         raise DeviceError(errno.EINVAL, f"device name must not be {name}")
-    if len(os.fsencode(name)) > _LONGEST_NAME:
+    size = _size_in_bytes(name)
+    if size > _LONGEST_NAME:
         raise DeviceError(
-            errno.EINVAL,
-            f"device name must have at most {_LONGEST_NAME} bytes (got {len(os.fsencode(name))})",
+            errno.EINVAL, f"device name must have at most {_LONGEST_NAME} bytes (got {size})"
         )
 
 
 def _check_uuid(uuid: str) -> None:
-    if "\0" in uuid or len(os.fsencode(uuid)) > _LONGEST_UUID:
+    if "\0" in uuid or _size_in_bytes(uuid) > _LONGEST_UUID:
         raise DeviceError(
             errno.EINVAL, f"uuid must have at most {_LONGEST_UUID} bytes (got {uuid[:40]!r}...)"
         )
+
+
+# How long a name is for the system; half a surrogate pair, which JSON can carry, is no name.
+def _size_in_bytes(name: str) -> int:
+    try:
+        return len(os.fsencode(name))
+    except UnicodeEncodeError:
+        raise DeviceError(errno.EINVAL, f"not a name that can be encoded: {name[:40]!r}") from None
 
 
 # Refuse a table through which a device would reach itself, under the lock. Holders are looked at

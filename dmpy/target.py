@@ -332,9 +332,29 @@ class MapTarget(Target):
             self.leg_error(leg, error)
             raise
 
+    def flush(self) -> None:
+        """Flush every leg's device once, all of them, then raise the first error."""
+        first: OSError | None = None
+        # The first leg on each device speaks for it.
+        legs: dict[int, int] = {}
+        for number, leg in enumerate(self.legs):
+            legs.setdefault(id(leg.device), number)
+        for number in legs.values():
+            try:
+                self.legs[number].flush()
+            except OSError as error:
+                self.leg_error(number, error)
+                first = first or error
+        if first is not None:
+            raise first
+
     def discard(self, offset: int, length: int) -> None:
         for leg, place, size in _joined(self.map(Op.DISCARD, offset, length)):
-            self.legs[leg].discard(place, size)
+            try:
+                self.legs[leg].discard(place, size)
+            except OSError as error:
+                self.leg_error(leg, error)
+                raise
 
     def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False

@@ -1,5 +1,6 @@
 """Any text is a table that survives a round trip, or a TableError that says where."""
 
+import errno
 import re
 
 import pytest
@@ -294,6 +295,16 @@ def test_a_word_that_names_no_device_is_refused_with_line_and_target(word):
             dm.create("a", f"0 8 linear {word} 0")
         assert caught.value.line == 1
         assert caught.value.target == "linear"
+        assert dm.devices() == []
+
+
+@pytest.mark.parametrize("what", ["name", "uuid"])
+@pytest.mark.parametrize("text", ["\ud800", "nul\0", "x" * 129])
+def test_a_name_or_uuid_that_cannot_be_is_refused_with_einval(what, text):
+    with Mapper() as dm:
+        with pytest.raises(OSError) as caught:
+            dm.create(**{"name": "a", "table": "0 8 zero", what: text})
+        assert caught.value.errno == errno.EINVAL
         assert dm.devices() == []
 
 

@@ -73,12 +73,44 @@ class TestThreeLegs(StripedTests):
             target.pwritev([memoryview(bytes(SECTOR))], 16 * SECTOR)
         assert target.status() == "3 leg0 leg1 leg2 1 AAD"
 
-    def test_an_operation_that_is_not_supported_kills_no_leg(self):
+    @pytest.mark.parametrize("op", ["write", "flush", "discard", "zero"])
+    def test_any_operation_that_fails_on_a_leg_kills_it_in_the_status(self, op):
+        """stripe_end_io() sees all of them."""
+        devices = list(self.devices)
+        devices[1] = FaultyDevice(devices[1], Fault(1, ops=[op]))
+        target = self.build(devices)
+        calls = {
+            "write": lambda: target.pwritev([memoryview(bytes(target.size))], 0),
+            "flush": target.flush,
+            "discard": lambda: target.discard(0, target.size),
+            "zero": lambda: target.write_zeroes(0, target.size),
+        }
+        with pytest.raises(OSError):
+            calls[op]()
+        assert target.status() == "3 leg0 leg1 leg2 1 ADA"
+
+    @pytest.mark.parametrize("op", ["read", "discard", "zero"])
+    def test_an_operation_that_is_not_supported_kills_no_leg(self, op):
         fault = Fault(1, error=errno.EOPNOTSUPP, forever=True)
         target = self.build([FaultyDevice(device, fault) for device in self.devices])
+        calls = {
+            "read": lambda: target.preadv([memoryview(bytearray(SECTOR))], 0),
+            "discard": lambda: target.discard(0, SECTOR),
+            "zero": lambda: target.write_zeroes(0, SECTOR, fast_only=True),
+        }
         with pytest.raises(OSError):
-            target.discard(0, SECTOR)
+            calls[op]()
         assert target.status() == "3 leg0 leg1 leg2 1 AAA"
+
+    def test_only_the_first_14_errors_are_events(self):
+        """DM_IO_ERROR_THRESHOLD is 15, and the event is for counts below it."""
+        target = self.build([FaultyDevice(d, Fault(1, forever=True)) for d in self.devices])
+        events = []
+        target.event = lambda: events.append(1)
+        for _ in range(30):
+            with pytest.raises(OSError):
+                target.preadv([memoryview(bytearray(SECTOR))], 0)
+        assert len(events) == 14
 
 
 class TestOneLeg(StripedTests):
@@ -180,6 +212,11 @@ def test_a_chunk_size_above_the_limit_is_refused():
     length = 1 << 32
     with pytest.raises(TableError, match="at most 4294967295"):
         parse(f"0 {length} striped 1 {length} big 0", opener=devices.__getitem__)
+
+
+@pytest.mark.parametrize("count", ["2", "+2", "02"])
+def test_numbers_of_legs_that_the_kernel_takes_are_accepted(count):
+    assert parse(f"0 24 striped {count} 3 d0 0 d1 0").table() == "2 3 d0 0 d1 0"
 
 
 @pytest.mark.parametrize("count", ["0", "-2", "2x", "4294967298", "x"])
