@@ -359,7 +359,9 @@ class MappedDevice(BlockDevice):
         leg = getattr(error, "device", None) or segment.device.name
         if leg not in self._logged:
             self._logged.add(leg)
-            _log.error("%s: %s: %s", self.name, leg, error.strerror or error)
+            reason = error.strerror or str(error)
+            known = reason.startswith(f"{leg}: ")
+            _log.error("%s: %s%s", self.name, "" if known else f"{leg}: ", reason)
 
     @property
     def in_flight(self) -> int:
@@ -648,7 +650,6 @@ class MappedDevice(BlockDevice):
 
     def info(self) -> dict[str, object]:
         """Return what `dmsetup info` tells, by name."""
-        table = self.live or self.inactive
         return {
             "name": self.name,
             "uuid": self.uuid,
@@ -657,7 +658,7 @@ class MappedDevice(BlockDevice):
             "size_sectors": self.size >> SECTOR_SHIFT,
             "open_count": self.open_count,
             "event_nr": self.event_nr,
-            "targets": len(table.lines) if table else 0,
+            "targets": len(self.live.lines) if self.live else 0,
             "readonly": self.readonly,
             "suspended": self.suspended,
             "live_table": self.live is not None,
@@ -676,12 +677,14 @@ class MappedDevice(BlockDevice):
 
     def shut(self, refusal: DeviceError) -> None:
         """Fail every request from now on; returns when none is under way."""
-        with self._topology:
-            self.refuse(refusal)
-            gate = Gate(self)
-            gate.refuse(refusal)
-            busy = self._put_up(gate)
-        drain(busy)
+        # First those who wait, for whoever is changing the device may be waiting for them.
+        self.refuse(refusal)
+        with self.life:
+            with self._topology:
+                gate = Gate(self)
+                gate.refuse(refusal)
+                busy = self._put_up(gate)
+            drain(busy)
 
     def close(self) -> None:
         """Drop both tables, after shut()."""

@@ -521,6 +521,8 @@ class Mapper:
     def _hold(self, device: MappedDevice, below: MappedDevice, readonly: bool) -> None:
         _refuse_loop(device, below)
         _refuse_depth(device, below)
+        if below.live is None:
+            raise DeviceError(errno.ENODEV, f"device {below.name} has no table in use")
         if below.readonly and not readonly:
             raise DeviceError(errno.EACCES, f"device {below.name} is read-only")
         below.holders[device] += 1

@@ -303,7 +303,7 @@ class Driver:
         Raises:
             Failed: a name cannot be shown in this mangling mode.
         """
-        lines = info["targets"] if info["live_table"] else 0
+        lines = info["targets"]
         if self.inactive:
             lines = len(self.ask("table", minor=info["minor"], inactive=True)["lines"])
         return {
