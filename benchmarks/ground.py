@@ -47,7 +47,7 @@ class Ground:
 
     Attributes:
         size: bytes of every device that is compared.
-        folder: where the files and sockets are; on /dev/shm if there is one.
+        folder: where the files and sockets are; in TMPDIR, else on /dev/shm if there is one.
     """
 
     def __init__(self, size: int) -> None:
@@ -57,7 +57,8 @@ class Ground:
         self._shared: dict[str, object] = {}
 
     def __enter__(self) -> Ground:
-        parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        parent = os.environ.get("TMPDIR") or shared
         self.folder = Path(tempfile.mkdtemp(prefix="dmpy-bench-", dir=parent))
         self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
         return self
