@@ -151,6 +151,8 @@ class BlockDevice(ABC):
     def spot(self, offset: int, length: int) -> tuple[int, int]:
         """Say where a piece is on a file descriptor, for requests to be made there instead.
 
+        Whoever asks is on the lane of a plan that leads here, until the request is done.
+
         Args:
             offset: bytes from the start of the device.
             length: bytes.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import threading
 from bisect import bisect_right
 from collections import Counter
@@ -17,86 +16,18 @@ from time import monotonic, perf_counter_ns
 
 from dmpy.device import BlockDevice, BlockSize, Buffers, Extent, slices, total
 from dmpy.errors import DeviceError
+from dmpy.opening import Opening
 from dmpy.plan import Gate, Lane, Plan, Segment, beyond_the_end, drain, segments_of
+from dmpy.stats import Stats
 from dmpy.table import Table, no_garbage_collection, split_args
 from dmpy.units import SECTOR_SHIFT
 
-__all__ = ["MAJOR", "MappedDevice", "Opening", "Stats"]
+__all__ = ["MAJOR", "MappedDevice"]
 
 _log = logging.getLogger("dmpy")
 
-# Bound here because each look-up in `os` is 3 % of a request.
-_lseek, _preadv, _pwrite, _SEEK_END = os.lseek, os.preadv, os.pwrite, os.SEEK_END
-
 MAJOR = 253
 """The major number that mapped devices have, device-mapper's usual one."""
-
-_BUCKETS = 65
-# So many requests are all timed, then those whose number has none of the bits.
-_ALL_TIMED = 256
-_TIMED_MASK = 15
-
-
-class Stats:
-    """What a device has done since it was created.
-
-    Taking the time of a request costs as much as mapping it. So only the first few hundred are all
-    timed, and of the rest one in sixteen, which then counts sixteen times in the histogram.
-
-    Attributes:
-        reads: requests that succeeded; also writes, flushes, discards, zeroes.
-        read_bytes: bytes of them; also write_bytes.
-        errors: requests of any kind that failed.
-        read_histogram: how many reads took a number of nanoseconds that has as many bits as the
-            index says, waiting for a suspended device included; also write_histogram.
-        read_mask: a read is timed when its number has none of these bits; also write_mask.
-    """
-
-    __slots__ = (
-        "_device",
-        "discards",
-        "errors",
-        "flushes",
-        "read_bytes",
-        "read_histogram",
-        "read_mask",
-        "reads",
-        "write_bytes",
-        "write_histogram",
-        "write_mask",
-        "writes",
-        "zeroes",
-    )
-
-    def __init__(self, device: MappedDevice) -> None:
-        self._device = device
-        # Without a lock, for the reason that Lane gives.
-        self.reads = self.writes = self.flushes = self.discards = self.zeroes = 0
-        self.read_bytes = self.write_bytes = self.errors = 0
-        self.read_histogram = [0] * _BUCKETS
-        self.write_histogram = [0] * _BUCKETS
-        self.read_mask = self.write_mask = 0
-
-    @property
-    def in_flight(self) -> int:
-        """Requests that are under way or wait for the device to be resumed."""
-        return self._device.in_flight
-
-    def snapshot(self) -> dict[str, int | list[int]]:
-        """Return the figures by name."""
-        return {
-            "reads": self.reads,
-            "writes": self.writes,
-            "read_bytes": self.read_bytes,
-            "write_bytes": self.write_bytes,
-            "flushes": self.flushes,
-            "discards": self.discards,
-            "zeroes": self.zeroes,
-            "errors": self.errors,
-            "in_flight": self.in_flight,
-            "read_histogram": list(self.read_histogram),
-            "write_histogram": list(self.write_histogram),
-        }
 
 
 class MappedDevice(BlockDevice):
@@ -147,8 +78,9 @@ class MappedDevice(BlockDevice):
         self.on_last_close: Callable[[MappedDevice], None] | None = None
         self.holders: Counter[MappedDevice] = Counter()
         self.event_nr = 0
-        self.stats = Stats(self)
+        self.stats = Stats(lambda: self.in_flight)
         self._openers = 0
+        self._openings: set[Opening] = set()
         self.life = threading.RLock()
         self._topology = topology
         self._release = release
@@ -170,9 +102,7 @@ class MappedDevice(BlockDevice):
     # Requests
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
-        stats = self.stats
-        timed = not stats.reads & stats.read_mask
-        begun = perf_counter_ns() if timed else 0
+        begun = perf_counter_ns()
         length = len(buffers[0]) if len(buffers) == 1 else total(buffers)
         segment = self._enter(offset)
         try:
@@ -180,24 +110,19 @@ class MappedDevice(BlockDevice):
             if whole:
                 segment.preadv(buffers, offset + segment.skew)
         except OSError as error:
-            self.note_failure(segment, error)
+            self._note_failure(segment, error)
             raise
         finally:
             segment.lane.left += 1
         if not whole:
             self._read_pieces(buffers, offset, length)
-        stats.reads += 1
-        stats.read_bytes += length
-        if timed:
-            weight = stats.read_mask + 1
-            stats.read_histogram[(perf_counter_ns() - begun).bit_length()] += weight
-            if stats.reads >= _ALL_TIMED:
-                stats.read_mask = _TIMED_MASK
+        stats = self.stats
+        stats.counts.reads += 1
+        stats.counts.read_bytes += length
+        stats.read_histogram[(perf_counter_ns() - begun).bit_length()] += 1
 
     def pwritev(self, buffers: Buffers, offset: int, *, fua: bool = False) -> None:
-        stats = self.stats
-        timed = not stats.writes & stats.write_mask
-        begun = perf_counter_ns() if timed else 0
+        begun = perf_counter_ns()
         length = len(buffers[0]) if len(buffers) == 1 else total(buffers)
         segment = self._enter(offset)
         try:
@@ -207,19 +132,16 @@ class MappedDevice(BlockDevice):
             if whole:
                 segment.pwritev(buffers, offset + segment.skew, fua=fua)
         except OSError as error:
-            self.note_failure(segment, error)
+            self._note_failure(segment, error)
             raise
         finally:
             segment.lane.left += 1
         if not whole:
             self._write_pieces(buffers, offset, length, fua)
-        stats.writes += 1
-        stats.write_bytes += length
-        if timed:
-            weight = stats.write_mask + 1
-            stats.write_histogram[(perf_counter_ns() - begun).bit_length()] += weight
-            if stats.writes >= _ALL_TIMED:
-                stats.write_mask = _TIMED_MASK
+        stats = self.stats
+        stats.counts.writes += 1
+        stats.counts.write_bytes += length
+        stats.write_histogram[(perf_counter_ns() - begun).bit_length()] += 1
 
     # The segment at an offset, on whose lane the request is from now on.
     def _enter(self, offset: int) -> Segment:
@@ -340,7 +262,7 @@ class MappedDevice(BlockDevice):
                 act(segment, offset + segment.skew, offset - begin, piece)
                 offset += piece
             except OSError as error:
-                self.note_failure(segment, error)
+                self._note_failure(segment, error)
                 raise
             finally:
                 segment.lane.left += 1
@@ -351,8 +273,8 @@ class MappedDevice(BlockDevice):
             errno.EROFS, f"{self.name} is read-only", device=self.name, offset=offset
         )
 
-    def note_failure(self, segment: Segment, error: OSError) -> None:
-        """Count a failed request, and log a failed leg once."""
+    # Count a failed request, and log a failed leg once.
+    def _note_failure(self, segment: Segment, error: OSError) -> None:
         self.stats.errors += 1
         if error.errno in (errno.EOPNOTSUPP, errno.EROFS):
             return
@@ -366,7 +288,8 @@ class MappedDevice(BlockDevice):
     @property
     def in_flight(self) -> int:
         """Requests that are under way or wait for the device to be resumed."""
-        return self._plan.in_flight + sum(lane.in_flight for lane in set(self._retired))
+        plan = self._plan
+        return sum(lane.in_flight for lane in {plan, *plan.lanes, *self._retired})
 
     # Tables
 
@@ -450,9 +373,9 @@ class MappedDevice(BlockDevice):
     # Put a gate up, under `topology`; returns the lanes of those who may still be on what is below.
     def _put_up(self, gate: Gate) -> list[Lane]:
         self.suspended = True
-        replaced, self._plan = self._plan, gate
+        replaced = self._use(gate)
         legs = [leg for line in self.live.lines for leg in line.target.legs] if self.live else []
-        self._retire(replaced.lanes | {leg.segment.lane for leg in legs})
+        self._retire({replaced, *replaced.lanes, *(leg.segment.lane for leg in legs)})
         # Whoever passes over this device has to come through it from now on. Those who are on
         # their way already are waited for.
         holders = self._holders_upward()
@@ -476,7 +399,7 @@ class MappedDevice(BlockDevice):
     def _compile(self) -> None:
         if self.live is None or self.suspended:
             return
-        replaced = set(self._plan.lanes)
+        replaced: set[Lane] = set()
         lanes: dict[frozenset, Lane] = {}
         segments: list[Segment] = []
         here = Lane()
@@ -494,8 +417,15 @@ class MappedDevice(BlockDevice):
                     found = [Segment(0, leg.length, leg.device, leg.start, Lane())]
                 replaced.add(leg.segment.lane)
                 leg.segment = found[0]
-        self._plan = Plan(self, segments)
-        self._retire(replaced)
+        old = self._use(Plan(self, segments))
+        self._retire({old, *old.lanes, *replaced})
+
+    # Take another plan, under `topology`; returns the one that there was.
+    def _use(self, plan: Plan) -> Plan:
+        old, self._plan = self._plan, plan
+        for opening in self._openings:
+            opening.plan = plan
+        return old
 
     # All devices above, lower ones first, under `topology`.
     def _holders_upward(self) -> list[MappedDevice]:
@@ -537,6 +467,19 @@ class MappedDevice(BlockDevice):
             self._openers -= 1
             assert self._openers >= 0
         self.closed_by_somebody()
+
+    def add_opening(self, opening: Opening) -> None:
+        """Keep an opening's plan that of the device, and its counts among the device's."""
+        with self._topology:
+            self._openings.add(opening)
+            self.stats.openings.add(opening)
+            opening.plan = self._plan
+
+    def drop_opening(self, opening: Opening) -> None:
+        """Forget an opening that makes no more requests; what it counted stays counted."""
+        with self._topology:
+            self._openings.discard(opening)
+            self.stats.fold(opening)
 
     def closed_by_somebody(self) -> None:
         """Go, if that was wanted and nobody has the device open any more."""
@@ -699,114 +642,6 @@ class MappedDevice(BlockDevice):
                 self._release(self, table)
         # Outside the locks: whoever waits finds the device gone.
         self.trigger_event()
-
-
-class Opening:
-    """Somebody who has a device open: the shortest way from a client's request to a system call.
-
-    `read` and `write` do what preadv and pwritev of the device do, for one buffer, where that is
-    one request to a file descriptor. All else goes to `read_slowly` and `write_slowly`; so do
-    requests that failed or came short, to be made again by the device, which says what is wrong.
-
-    Args:
-        device: the device.
-        largest: bytes of the largest request that need not go the slow way; 0 for none.
-    """
-
-    __slots__ = ("device", "largest")
-
-    def __init__(self, device: MappedDevice, largest: int) -> None:
-        self.device = device
-        self.largest = largest
-
-    def read(self, view: memoryview, offset: int, flags: int = 0) -> None:
-        """Fill a view.
-
-        Args:
-            view: writable, of bytes.
-            offset: bytes from the start of the device, not negative.
-            flags: have no meaning.
-        """
-        device = self.device
-        plan = device._plan
-        segment = plan.segments[bisect_right(plan.ends, offset)]
-        lane = segment.lane
-        stats = device.stats
-        length = len(view)
-        moved = -1
-        lane.entered += 1
-        try:
-            if (
-                plan is device._plan
-                and offset + length <= segment.end
-                and length <= self.largest
-                and stats.reads & stats.read_mask
-            ):
-                fd = segment.fd
-                place = offset + segment.skew
-                if fd < 0:
-                    fd, place = segment.spot(place, length)
-                if fd >= 0:
-                    moved = _preadv(fd, (view,), place)
-        except OSError:
-            moved = -1  # the device will say what is wrong
-        finally:
-            lane.left += 1
-        if moved == length:
-            stats.reads += 1
-            stats.read_bytes += length
-        else:
-            self.read_slowly(view, offset)
-
-    def write(self, view: memoryview, offset: int, flags: int = 0) -> None:
-        """Write a view.
-
-        Args:
-            view: of bytes.
-            offset: bytes from the start of the device, not negative.
-            flags: not 0 when the bytes must be durable on return.
-        """
-        device = self.device
-        plan = device._plan
-        segment = plan.segments[bisect_right(plan.ends, offset)]
-        lane = segment.lane
-        stats = device.stats
-        length = len(view)
-        moved = -1
-        lane.entered += 1
-        try:
-            if (
-                plan is device._plan
-                and offset + length <= segment.end
-                and length <= self.largest
-                and stats.writes & stats.write_mask
-                and not flags
-                and not device.readonly
-            ):
-                fd = segment.fd
-                place = offset + segment.skew
-                if fd < 0:
-                    fd, place = segment.spot(place, length)
-                # A write must not make a file longer again that somebody has cut short.
-                if fd >= 0 and _lseek(fd, 0, _SEEK_END) >= place + length:
-                    moved = _pwrite(fd, view, place)
-        except OSError:
-            moved = -1  # the device will say what is wrong
-        finally:
-            lane.left += 1
-        if moved == length:
-            stats.writes += 1
-            stats.write_bytes += length
-        else:
-            self.write_slowly(view, offset, flags != 0)
-
-    def read_slowly(self, view: memoryview, offset: int) -> None:
-        """Fill a view by the device's own means."""
-        self.device.preadv([view], offset)
-
-    def write_slowly(self, view: memoryview, offset: int, fua: bool) -> None:
-        """Write a view by the device's own means."""
-        self.device.pwritev([view], offset, fua=fua)
 
 
 # Flush devices, all of them, and return the first error.

@@ -38,7 +38,8 @@ from typing import Protocol
 from dmpy import buffers
 from dmpy.device import BlockDevice, BlockSize
 from dmpy.edge import Edge, Edges, advertised
-from dmpy.mapped import Opening
+from dmpy.mapped import MappedDevice
+from dmpy.opening import Opening
 
 try:
     import nbdkit
@@ -392,7 +393,10 @@ class _Handle(Opening):
 
     def __init__(self, name: str, edge: Edge, readonly: bool) -> None:
         device = edge.device
-        super().__init__(device, 0)
+        if isinstance(device, MappedDevice):
+            super().__init__(device, 0)
+        else:
+            self.device = device
         self.name = name
         self.edge = edge
         self.readonly = readonly or device.readonly
@@ -407,6 +411,10 @@ class _Handle(Opening):
         self.odd_read = edge.odd_read
         self.odd_write = edge.odd_write
         self.largest = edge.largest
+
+    def close(self) -> None:
+        if isinstance(self.device, MappedDevice):
+            super().close()
 
     # The way of requests that Opening does not make itself. Fast path: the request is made of whole
     # blocks, not larger than the device takes, and no read for which scratch could be better, so it
@@ -599,6 +607,7 @@ class _Server:
         return handle
 
     def close(self, handle: _Handle) -> None:
+        handle.close()
         self._edges.give_back(handle.edge)
         try:
             self.plugin.registry.release(handle.name, handle.device)

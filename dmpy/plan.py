@@ -94,14 +94,22 @@ class Segment:
         return f"Segment({self.begin}, {self.end}, {self.device.name}, {self.skew})"
 
 
-class Plan:
+class Plan(Lane):
     """The segments of a device, in order and without gaps, compiled for look-up.
+
+    It is itself a lane, for requests that use it and never wait for a suspended device on the way:
+    whoever is on it may be on any of its segments, and on the legs of their targets.
 
     Args:
         owner: the device.
         segments: all of it; neighbours that are one stretch below become one segment.
 
     Attributes:
+        first_end: the end of the first segment if that leads to a file descriptor, else 0: many
+            devices are one such segment, which is found here without a look-up.
+        first_fd: its descriptor.
+        first_skew: its skew.
+        writable: the device is.
         segments: the segments, then one more that refuses whatever lies beyond the end.
         ends: the end of each segment but that last one, for bisect.
         lanes: all lanes that requests may be on.
@@ -109,7 +117,17 @@ class Plan:
         running: requests may go on; False for a Gate.
     """
 
-    __slots__ = ("_flushes", "ends", "lanes", "segments", "size")
+    __slots__ = (
+        "_flushes",
+        "ends",
+        "first_end",
+        "first_fd",
+        "first_skew",
+        "lanes",
+        "segments",
+        "size",
+        "writable",
+    )
 
     running = True
 
@@ -120,6 +138,14 @@ class Plan:
         self.segments = segments
         segments.append(Segment(self.size, _FOREVER, _Beyond(owner), 0, Lane()))
         self.lanes = {segment.lane for segment in segments}
+        legs = [leg for segment in segments for leg in getattr(segment.device, "legs", ())]
+        lanes = self.lanes | {leg.segment.lane for leg in legs}
+        super().__init__(frozenset().union(*(lane.passed for lane in lanes)))
+        first = segments[0]
+        self.first_fd = first.fd
+        self.first_end = first.end if first.fd >= 0 else 0
+        self.first_skew = first.skew
+        self.writable = not owner.readonly
         self._flushes: list[tuple[Lane, list[BlockDevice]]] | None = None
 
     def wait(self) -> None:
@@ -132,11 +158,6 @@ class Plan:
             if segment.begin >= end:
                 break
             yield segment
-
-    @property
-    def in_flight(self) -> int:
-        """Requests that are under way."""
-        return sum(lane.in_flight for lane in self.lanes)
 
     def flushes(self) -> list[tuple[Lane, list[BlockDevice]]]:
         """Return every device below once, by the lane to be on for flushing it."""
@@ -169,9 +190,9 @@ def _merged(segments: list[Segment]) -> list[Segment]:
 
 
 class Gate(Plan):
-    """The plan of a device on which requests have to wait."""
+    """The plan of a device on which requests have to wait; those who do are on it as a lane."""
 
-    __slots__ = ("_opened", "_refusal", "_waiting")
+    __slots__ = ("_opened", "_refusal")
 
     running = False
 
@@ -179,8 +200,6 @@ class Gate(Plan):
         super().__init__(owner, [])
         self._opened = threading.Event()
         self._refusal: DeviceError | None = None
-        self._waiting = Lane()
-        self.lanes = {self._waiting}
 
     def wait(self) -> None:
         """Wait until the gate is opened: the device has another plan by then.
@@ -188,11 +207,11 @@ class Gate(Plan):
         Raises:
             OSError: the requests are to fail.
         """
-        self._waiting.entered += 1
+        self.entered += 1
         try:
             self._opened.wait()
         finally:
-            self._waiting.left += 1
+            self.left += 1
         if self._refusal is not None:
             raise self._refusal.again()
 

@@ -294,8 +294,7 @@ class MapTarget(Target):
         runs = self.map(_READ, offset, length)
         leg, place, _ = runs[0]
         segment = self.legs[leg].segment
-        # Whoever passes over a device has to be on a lane of the leg's: not by this way.
-        if len(runs) > 1 or segment.fd < 0 or segment.lane.passed:
+        if len(runs) > 1 or segment.fd < 0:
             return -1, 0
         return segment.fd, place + segment.skew
 

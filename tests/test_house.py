@@ -46,7 +46,12 @@ MAY_IMPORT = {
     "dmpy.target": [*FLOOR, "dmpy.device", "dmpy.plan", "dmpy.buffers"],
     "dmpy.targets": [*ENGINE, "dmpy.target"],
     "dmpy.table": [*FLOOR, "dmpy.device", "dmpy.target"],
-    "dmpy.mapped": [*FLOOR, "dmpy.device", "dmpy.plan", "dmpy.target", "dmpy.table"],
+    "dmpy.stats": FLOOR,
+    "dmpy.opening": [*FLOOR, "dmpy.device", "dmpy.plan", "dmpy.stats"],
+    "dmpy.mapped": [
+        *FLOOR, "dmpy.device", "dmpy.plan", "dmpy.target", "dmpy.table", "dmpy.stats",
+        "dmpy.opening",
+    ],
     "dmpy.mapper": [*ENGINE, "dmpy.backing", "dmpy.target", "dmpy.table", "dmpy.mapped"],
     "dmpy.testing": [*ENGINE, "dmpy.target", "dmpy.mapped", "dmpy.mapper", "dmpy.testing"],
 }
