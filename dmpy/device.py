@@ -149,7 +149,7 @@ class BlockDevice(ABC):
         yield Extent(offset, length, DATA)
 
     def spot(self, offset: int, length: int) -> tuple[int, int]:
-        """Say where a piece is on a file descriptor, for requests to be made there instead.
+        """Say where a piece is on the `fd` of a device below, for requests to be made there.
 
         Whoever asks is on the lane of a plan that leads here, until the request is done.
 
@@ -161,7 +161,7 @@ class BlockDevice(ABC):
             A descriptor as `fd` has it and the place there in bytes, or -1 and 0 where there is
             none, or where it is not for reading and writing alike.
         """
-        return self.fd, offset if self.fd >= 0 else 0
+        return -1, 0
 
     def close(self) -> None:
         """Give back what the device holds; nothing is flushed."""

@@ -91,7 +91,10 @@ class Opening(Counts):
             else:
                 segment = plan.segments[bisect_right(plan.ends, offset)]
                 if end <= segment.end:
-                    fd, place = segment.spot(offset + segment.skew, length)
+                    fd = segment.fd
+                    place = offset + segment.skew
+                    if fd < 0:
+                        fd, place = segment.spot(place, length)
             if fd >= 0 and plan is self.plan and length <= self.largest:
                 if self.reads & _UNTIMED:
                     moved = _preadv(fd, (view,), place)
@@ -130,7 +133,10 @@ class Opening(Counts):
             else:
                 segment = plan.segments[bisect_right(plan.ends, offset)]
                 if end <= segment.end:
-                    fd, place = segment.spot(offset + segment.skew, length)
+                    fd = segment.fd
+                    place = offset + segment.skew
+                    if fd < 0:
+                        fd, place = segment.spot(place, length)
             if (
                 fd >= 0
                 and plan is self.plan
