@@ -148,8 +148,8 @@ class BlockDevice(ABC):
         """Say what is where, in pieces that follow each other and fill the range exactly."""
         yield Extent(offset, length, DATA)
 
-    def spot(self, offset: int, length: int) -> tuple[int, int]:
-        """Say where a piece is on the `fd` of a device below, for requests to be made there.
+    def read_spot(self, offset: int, length: int) -> tuple[int, int]:
+        """Say where a piece is on the `fd` of a device below, for reads to be made there.
 
         Whoever asks is on the lane of a plan that leads here, until the request is done.
 
@@ -159,8 +159,12 @@ class BlockDevice(ABC):
 
         Returns:
             A descriptor as `fd` has it and the place there in bytes, or -1 and 0 where there is
-            none, or where it is not for reading and writing alike.
+            none.
         """
+        return -1, 0
+
+    def write_spot(self, offset: int, length: int) -> tuple[int, int]:
+        """Say the same for writes, where one is all that there is to do."""
         return -1, 0
 
     def close(self) -> None:

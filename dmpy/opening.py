@@ -94,7 +94,7 @@ class Opening(Counts):
                     fd = segment.fd
                     place = offset + segment.skew
                     if fd < 0:
-                        fd, place = segment.spot(place, length)
+                        fd, place = segment.read_spot(place, length)
             if fd >= 0 and plan is self.plan and length <= self.largest:
                 if self.reads & _UNTIMED:
                     moved = _preadv(fd, (view,), place)
@@ -136,7 +136,7 @@ class Opening(Counts):
                     fd = segment.fd
                     place = offset + segment.skew
                     if fd < 0:
-                        fd, place = segment.spot(place, length)
+                        fd, place = segment.write_spot(place, length)
             if (
                 fd >= 0
                 and plan is self.plan

@@ -74,7 +74,18 @@ class Segment:
         fd: as the device has it.
     """
 
-    __slots__ = ("begin", "device", "end", "fd", "lane", "preadv", "pwritev", "skew", "spot")
+    __slots__ = (
+        "begin",
+        "device",
+        "end",
+        "fd",
+        "lane",
+        "preadv",
+        "pwritev",
+        "read_spot",
+        "skew",
+        "write_spot",
+    )
 
     def __init__(
         self, begin: int, end: int, device: BlockDevice, skew: int, lane: Lane
@@ -88,7 +99,8 @@ class Segment:
         # Bound once, for the request path.
         self.preadv = device.preadv
         self.pwritev = device.pwritev
-        self.spot = device.spot
+        self.read_spot = device.read_spot
+        self.write_spot = device.write_spot
 
     def __repr__(self) -> str:
         return f"Segment({self.begin}, {self.end}, {self.device.name}, {self.skew})"

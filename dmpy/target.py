@@ -30,6 +30,7 @@ __all__ = [
     "Op",
     "Run",
     "Target",
+    "by_leg",
     "find_target",
     "flush_all",
     "target_types",
@@ -288,7 +289,7 @@ class MapTarget(Target):
             Runs that follow each other and fill the piece exactly.
         """
 
-    def spot(self, offset: int, length: int) -> tuple[int, int]:
+    def read_spot(self, offset: int, length: int) -> tuple[int, int]:
         if not self.pure:
             return -1, 0
         runs = self.map(_READ, offset, length)
@@ -297,6 +298,8 @@ class MapTarget(Target):
         if len(runs) > 1 or segment.fd < 0:
             return -1, 0
         return segment.fd, place + segment.skew
+
+    write_spot = read_spot
 
     def leg_error(self, leg: int, error: OSError) -> None:
         """Take note that a leg failed a request; the error goes on to whoever asked."""
@@ -310,7 +313,7 @@ class MapTarget(Target):
                 leg, place, _ = runs[0]
                 self.legs[leg].preadv(buffers, place)
             else:
-                for leg, place, views in _by_leg(runs, buffers):
+                for leg, place, views in by_leg(runs, buffers):
                     self.legs[leg].preadv(views, place)
         except OSError as error:
             self.leg_error(leg, error)
@@ -325,7 +328,7 @@ class MapTarget(Target):
                 leg, place, _ = runs[0]
                 self.legs[leg].pwritev(buffers, place, fua=fua)
             else:
-                for leg, place, views in _by_leg(runs, buffers):
+                for leg, place, views in by_leg(runs, buffers):
                     self.legs[leg].pwritev(views, place, fua=fua)
         except OSError as error:
             self.leg_error(leg, error)
@@ -372,9 +375,16 @@ class MapTarget(Target):
             offset += size
 
 
-# Gather runs into one list of views for each stretch that is contiguous on its leg, so that a
-# request costs one system call a leg. Returns (leg, offset on the leg, views) of each.
-def _by_leg(runs: list[Run], buffers: Buffers) -> list[tuple[int, int, list[memoryview]]]:
+def by_leg(runs: list[Run], buffers: Buffers) -> list[tuple[int, int, list[memoryview]]]:
+    """Gather what lies together on a leg, so that a request costs one system call a leg.
+
+    Args:
+        runs: where the bytes of the buffers live, in order.
+        buffers: views of bytes.
+
+    Returns:
+        (leg, offset on the leg, views) of each stretch that is contiguous on its leg.
+    """
     stretches: list[tuple[int, int, list[memoryview]]] = []
     last: dict[int, tuple[int, list[memoryview]]] = {}
     cut = Cutter(buffers)

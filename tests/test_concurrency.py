@@ -420,7 +420,7 @@ def test_a_short_cut_to_a_file_does_not_outlive_the_device_that_it_passes_over(w
         (tmp_path / "new").write_bytes(b"n" * 64 * SECTOR)
         reached, go_on = threading.Event(), threading.Event()
         segment = top.plan_to_pass.segments[0]
-        spot = segment.spot
+        spot = getattr(segment, f"{way}_spot")
 
         def slow_spot(offset, length):
             found = spot(offset, length)
@@ -428,7 +428,7 @@ def test_a_short_cut_to_a_file_does_not_outlive_the_device_that_it_passes_over(w
             assert go_on.wait(LIMIT)
             return found
 
-        segment.spot = slow_spot
+        setattr(segment, f"{way}_spot", slow_spot)
         view = memoryview(bytearray(b"w" * SECTOR))
         caller = Caller(getattr(opening, way), view, 0)
         assert reached.wait(LIMIT)
