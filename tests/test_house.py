@@ -32,7 +32,10 @@ PAGE_HEADINGS = {
 # What a module may import of dmpy, from the bottom up; `dmpy.X` stands for all below it. A module
 # that is not named here may import anything that does not lead back to itself.
 FLOOR = ["dmpy.units", "dmpy.errors"]
-ENGINE = [*FLOOR, "dmpy.device", "dmpy.plan", "dmpy.buffers", "dmpy.formats", "dmpy.maths"]
+ENGINE = [
+    *FLOOR, "dmpy.device", "dmpy.plan", "dmpy.buffers", "dmpy.formats", "dmpy.maths",
+    "dmpy.background",
+]
 MAY_IMPORT = {
     "dmpy": [],
     "dmpy.units": [],
@@ -41,10 +44,14 @@ MAY_IMPORT = {
     "dmpy.formats": [*FLOOR, "dmpy.formats", "dmpy.maths"],
     "dmpy.device": FLOOR,
     "dmpy.buffers": FLOOR,
+    "dmpy.background": FLOOR,
     "dmpy.plan": [*FLOOR, "dmpy.device"],
     "dmpy.backing": [*FLOOR, "dmpy.device", "dmpy.buffers", "dmpy.backing"],
     "dmpy.target": [*FLOOR, "dmpy.device", "dmpy.plan", "dmpy.buffers"],
-    "dmpy.targets": [*ENGINE, "dmpy.target"],
+    "dmpy.raid": [*ENGINE, "dmpy.target", "dmpy.stats", "dmpy.raid"],
+    "dmpy.raid.levels": FLOOR,
+    "dmpy.md": [*ENGINE, "dmpy.backing", "dmpy.target", "dmpy.raid", "dmpy.md"],
+    "dmpy.targets": [*ENGINE, "dmpy.target", "dmpy.raid", "dmpy.md"],
     "dmpy.table": [*FLOOR, "dmpy.device", "dmpy.target"],
     "dmpy.stats": FLOOR,
     "dmpy.opening": [*FLOOR, "dmpy.device", "dmpy.plan", "dmpy.stats"],
