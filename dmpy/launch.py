@@ -479,18 +479,21 @@ def start_server(
     Args:
         runtime: the runtime folder; None for the one of `runtime_dir`.
         state: the state folder; None for the one of `state_dir`.
-        options: for a new server; one that runs stays as it is.
+        options: for a new server. One that runs cannot take them; None takes it as it is.
         patience: seconds for it to come up.
 
     Raises:
-        DeviceError: it did not come up; the sentence has the last lines of its log.
+        DeviceError: EBUSY when one runs already and there are options for it; it did not come up,
+            and the sentence has the last lines of its log.
     """
     runtime = check_folder(runtime) if runtime else runtime_dir()
     state = check_folder(state) if state else state_dir()
     with _start_lock(runtime):
         running = _running(runtime, patience)
-        if running is not None:
+        if running is not None and options is None:
             return running
+        if running is not None:
+            raise _runs_already(running, runtime)
         clean_runtime(runtime)
         path = os.path.join(runtime, "server.log")
         with _open_log(path) as log:
@@ -531,9 +534,7 @@ def run_server(
     with _start_lock(runtime):
         running = _running(runtime, patience)
         if running is not None:
-            with running:
-                pid = running.call("server")["pid"]
-            raise DeviceError(errno.EBUSY, f"a server with pid {pid} runs in {runtime} already")
+            raise _runs_already(running, runtime)
         clean_runtime(runtime)
         process = _spawn(runtime, state, options or Options(), log=None, foreground=True)
         with _passing_signals_to(process):
@@ -596,6 +597,15 @@ class _start_lock:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
+
+
+# What to raise when a server was to be started where one runs.
+def _runs_already(running: Client, runtime: str) -> DeviceError:
+    with running:
+        pid = running.call("server")["pid"]
+    return DeviceError(
+        errno.EBUSY, f"a server with pid {pid} runs in {runtime} already: `dmpy shutdown` stops it"
+    )
 
 
 # A connection to the server that runs, or None. One that is about to end is waited for.

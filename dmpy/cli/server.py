@@ -68,7 +68,9 @@ def serve_command(session: Session, runtime: str | None, state: str | None, back
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if background:
-        with launch.start_server(session.runtime, session.state, chosen) as client:
+        # Without a wish of its own, a server that runs already is as good as a new one.
+        wanted = chosen if log_level or any(options.values()) else None
+        with launch.start_server(session.runtime, session.state, wanted) as client:
             _tell(client)
         return 0
     return launch.run_server(session.runtime, session.state, chosen, ready=_tell)

@@ -104,6 +104,21 @@ def test_serve_refuses_to_be_the_second(own_dmpy):
     assert str(own_dmpy.runtime) in message
 
 
+@pytest.mark.parametrize("words", [
+    ["--tcp", "127.0.0.1:0"], ["--metrics", "127.0.0.1:0"], ["--log-level", "debug"]])
+def test_serve_in_the_background_refuses_options_for_a_server_that_runs(own_dmpy, words):
+    own_dmpy.ok("ls")
+    message = own_dmpy.refused("serve", "--background", *words)
+    assert f"pid {own_dmpy.pid()} runs in {own_dmpy.runtime} already" in message
+
+
+def test_serve_in_the_background_is_content_with_a_server_that_runs(own_dmpy):
+    own_dmpy.ok("ls")
+    pid = own_dmpy.pid()
+    assert own_dmpy("serve", "--background").status == 0
+    assert own_dmpy.pid() == pid
+
+
 def test_serve_answers_metrics_over_http(own_dmpy):
     process = _serve(own_dmpy, "--metrics", f"127.0.0.1:{(port := _free_port())}")
     try:
