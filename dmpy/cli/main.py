@@ -145,12 +145,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `dmpy`; under the name dmsetup it is that command."""
-    if argv is None and os.path.basename(sys.argv[0]) in ("dmsetup", "dmpy-dmsetup"):
-        from dmpy.cli import dmsetup
-
-        dmsetup.main()
-        return
+    """Run one command and exit with its status."""
     sys.exit(run(argv))
 
 

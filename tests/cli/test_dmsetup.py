@@ -325,7 +325,7 @@ def test_the_first_verb_starts_the_server(tmp_path):
 def test_dmpy_called_dmsetup_is_dmsetup(drop):
     script = drop.folder / "bin" / "dmpy"
     script.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-                      "from dmpy.cli.main import main\nmain()\n")
+                      "from dmpy.cli.entry import main\nmain()\n")
     script.chmod(0o755)
     other = drop.folder / "other"
     other.mkdir()

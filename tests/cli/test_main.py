@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dmpy.cli import main
+from dmpy.cli import entry, main
 from dmpy.cli.session import Session
 
 
@@ -113,5 +113,14 @@ def test_under_the_name_of_dmsetup_it_is_that_command(monkeypatch):
     called = []
     monkeypatch.setattr(dmsetup, "main", lambda: called.append(True))
     monkeypatch.setattr(sys, "argv", ["/opt/x/dmsetup", "ls"])
-    main.main()
+    entry.main()
     assert called == [True]
+
+
+def test_under_the_name_of_dmsetup_nothing_is_imported_for_the_other_command():
+    script = ("import sys; sys.argv = ['/opt/x/dmsetup', 'help']\nfrom dmpy.cli import entry\n"
+              "try: entry.main()\nexcept SystemExit: pass\n"
+              "print(sorted({'click', 'dmpy.cli.main'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          timeout=30, check=True)
+    assert done.stdout == "[]\n"
