@@ -20,6 +20,7 @@ from dmpy.opening import Opening
 from dmpy.plan import Gate, Lane, Plan, Segment, beyond_the_end, drain, segments_of
 from dmpy.stats import Stats
 from dmpy.table import Table, no_garbage_collection, split_args
+from dmpy.target import Target
 from dmpy.units import SECTOR_SHIFT
 
 __all__ = ["MAJOR", "MappedDevice"]
@@ -361,7 +362,7 @@ class MappedDevice(BlockDevice):
 
     # Bring I/O to an end and put up the gate.
     def _quiesce(self) -> None:
-        targets = [line.target for line in self.live.lines] if self.live else []
+        targets = self._targets()
         for target in targets:
             target.presuspend()
         with self._topology:
@@ -369,6 +370,16 @@ class MappedDevice(BlockDevice):
         drain(busy)
         for target in targets:
             target.postsuspend()
+
+    # The targets of the live table, under `life`.
+    def _targets(self) -> list[Target]:
+        return [line.target for line in self.live.lines] if self.live else []
+
+    def presuspend(self) -> None:
+        """Let targets end their background work and hold no request back; I/O still flows."""
+        with self.life:
+            for target in self._targets():
+                target.presuspend()
 
     # Put a gate up, under `topology`; returns the lanes of those who may still be on what is below.
     def _put_up(self, gate: Gate) -> list[Lane]:
@@ -623,11 +634,16 @@ class MappedDevice(BlockDevice):
         # First those who wait, for whoever is changing the device may be waiting for them.
         self.refuse(refusal)
         with self.life:
+            targets = [] if self.suspended else self._targets()
+            for target in targets:
+                target.presuspend()
             with self._topology:
                 gate = Gate(self)
                 gate.refuse(refusal)
                 busy = self._put_up(gate)
             drain(busy)
+            for target in targets:
+                target.postsuspend()
 
     def close(self) -> None:
         """Drop both tables, after shut()."""

@@ -400,9 +400,11 @@ class Mapper:
             )
             for device in devices
         }
-        # 1. Nobody waits any more, or the flushes would wait as well.
+        # 1. Nobody waits any more, or the flushes would wait as well, and targets come to rest.
         for device in devices:
             device.refuse(goodbye[device])
+        for device in devices:
+            device.presuspend()
         # 2. What was written becomes durable, upper devices first. 3. No more requests.
         first: OSError | None = None
         for device in devices:

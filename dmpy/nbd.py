@@ -35,7 +35,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from dmpy import buffers
+from dmpy import background, buffers
 from dmpy.device import BlockDevice, BlockSize
 from dmpy.edge import Edge, Edges, advertised
 from dmpy.mapped import MappedDevice
@@ -531,6 +531,8 @@ class _Server:
 
     def get_ready(self) -> None:
         _start_log(self.level)
+        # No thread lives through the fork that is to come.
+        background.defer()
         try:
             self.plugin.prepare()
             self.plugin.registry.watch(self.device_changed)
@@ -548,6 +550,7 @@ class _Server:
             script.update({name: _in_worker(call) for name, call in requests.items()})
         buffers.slow_copy_width()  # measured now, not in the first client's big read
         self._drain.start()
+        background.allow()
         try:
             self.plugin.start(self._drain.begin)
         except (OSError, ValueError) as error:

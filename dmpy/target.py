@@ -254,7 +254,10 @@ class Target(BlockDevice):
         )
 
     def presuspend(self) -> None:
-        """Get ready to be suspended; I/O still flows."""
+        """Get ready to be suspended, or removed; I/O still flows.
+
+        Background work ends, and requests that the target holds back fail. May be called again.
+        """
 
     def postsuspend(self) -> None:
         """Come to rest; no I/O is under way."""

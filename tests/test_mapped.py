@@ -315,3 +315,21 @@ def test_requests_that_wait_fail_when_the_mapper_closes():
     dm.close()
     thread.join(5)
     assert raised[0].errno == errno.ESHUTDOWN
+
+
+@pytest.mark.parametrize("how", ["suspend", "remove", "close", "remove suspended"])
+def test_targets_come_to_rest_once_io_has_ended(dm, how):
+    """dm_destroy() suspends the targets of a device that goes; so does suspend."""
+    device = dm.create("z", "0 8 zero")
+    target = device.live.lines[0].target
+    calls = []
+    target.presuspend = lambda: calls.append("pre")
+    target.postsuspend = lambda: calls.append("post")
+    if "suspend" in how:
+        dm.suspend("z")
+    if "remove" in how:
+        dm.remove("z")
+    if how == "close":
+        dm.close()
+    assert calls[-2:] == ["pre", "post"]
+    assert calls.count("post") == 1
