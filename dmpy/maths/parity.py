@@ -165,10 +165,9 @@ def recover(
         ValueError: more is missing than can be computed from the rest.
     """
     lost = sorted(index for index in missing if not isinstance(index, str))
-    if len(lost) > (p is not None) + (q is not None):
-        raise ValueError(
-            f"{len(lost)} data are missing and {(p is not None) + (q is not None)} parities are left"
-        )
+    left = (p is not None) + (q is not None)
+    if len(lost) > left:
+        raise ValueError(f"{len(lost)} data cannot be computed from {left} parities")
     full = list(data)
     if len(lost) == 1:
         [x] = lost
