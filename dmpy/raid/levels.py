@@ -179,7 +179,7 @@ LEVELS: dict[str, Level] = _levels()
 
 
 def find_level(number: int, layout: int) -> Level:
-    """Return the level that md's two numbers mean.
+    """Return the level that md's two numbers mean; of RAID 10 with the layout as given.
 
     Args:
         number: md's level.
@@ -190,8 +190,9 @@ def find_level(number: int, layout: int) -> Level:
         ValueError: there is no such level, or the level has no such layout.
     """
     if number == 10:
-        raid10_parameters(layout)
-        return LEVELS["raid10"]
+        copies = raid10_parameters(layout)
+        redundancy = copies["near"] * copies["far"] - 1
+        return LEVELS["raid10"]._replace(layout=layout, redundancy=redundancy)
     if number in (0, 1, 4):
         return LEVELS[{0: "raid0", 1: "raid1", 4: "raid4_n"}[number]]
     of_number = [level for level in LEVELS.values() if level.number == number]
