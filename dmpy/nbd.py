@@ -165,6 +165,11 @@ class _RequestFailed(Exception):
     pass
 
 
+# One like another that the connection has had: of no news to the log.
+class _FailedAgain(_RequestFailed):
+    pass
+
+
 # nbdkit's plugin takes references to the exception, its type and its traceback and never gives
 # them back (1.32 to 1.48), so every failure would stay in memory for ever. It formats each
 # exception by traceback.format_exception just before, which is where they are noted, by thread;
@@ -178,12 +183,17 @@ _drop_reference.restype = None
 
 # Takes the place of traceback.format_exception: our own errors are one line without a traceback.
 def _format(kind, value=None, trace=None, *rest, **options):
-    if kind is not _RequestFailed and kind is not Refusal:
+    if kind is not _FailedAgain:
+        _hush.end()
+    if kind not in (_RequestFailed, _FailedAgain, Refusal):
         return _format_exception(kind, value, trace, *rest, **options)
     _leaked[threading.get_ident()] = (weakref.ref(value), kind, trace)
     # One line, and one that can be encoded: names and paths may be any bytes.
     text = str(value).replace("\n", "\\n")
-    return [text.encode("utf-8", "backslashreplace").decode()]
+    lines = [text.encode("utf-8", "backslashreplace").decode()]
+    if kind is _FailedAgain:
+        _hush.begin()  # last, so that nothing else is silenced with it
+    return lines
 
 
 # Free what this thread's last failure left.
@@ -208,7 +218,9 @@ def _failed(handle: _Handle, error: OSError, what: str, offset: int, length: int
     nbdkit.set_error(number)
     name = errno.errorcode.get(error.errno, "EIO")
     where = f"{what} of {length} bytes at byte {offset}" if length else what
-    return _RequestFailed(f"[{name}] {handle.name}: {where}: {error.strerror or error}")
+    kind = _FailedAgain if (what, number) in handle.failures else _RequestFailed
+    handle.failures.add((what, number))
+    return kind(f"[{name}] {handle.name}: {where}: {error.strerror or error}")
 
 
 # The same for what is no request.
@@ -231,12 +243,49 @@ class _Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
+        _hush.end()
         if record.levelno < self._level:
             nbdkit.debug(text)
             return
         if record.levelno < logging.ERROR:
             text = f"{record.levelname.lower()}: {text}"
         self._error(b"%s", text.encode("utf-8", "backslashreplace"))
+
+
+# nbdkit has a line for every request that fails, and a client that keeps asking a leg that is gone
+# would fill the disk (20,000 lines a second). It writes the line after _format(), in the same
+# thread, with the GIL held: for as long, stderr leads nowhere. A thread that waits for the GIL
+# leads it back. Not for syslog, nor while requests are debugged.
+class _Hush:
+    def __init__(self) -> None:
+        self._dup2 = ctypes.PyDLL(None).dup2  # keeps the GIL
+        self._stderr = self._nowhere = -1
+        # Released: stderr has to be led back.
+        self._begun = threading.Lock()
+        self._begun.acquire()
+
+    def start(self) -> None:
+        self._nowhere = os.open(os.devnull, os.O_WRONLY)
+        self._stderr = os.dup(2)
+        threading.Thread(target=self._run, name="hush", daemon=True).start()
+
+    def begin(self) -> None:
+        if self._stderr >= 0:
+            self._dup2(self._nowhere, 2)
+            with suppress(RuntimeError):  # somebody else has begun, and it has not ended yet
+                self._begun.release()
+
+    # What comes next is worth reading.
+    def end(self) -> None:
+        if self._stderr >= 0:
+            self._dup2(self._stderr, 2)
+
+    def _run(self) -> None:
+        while self._begun.acquire():
+            self.end()
+
+
+_hush = _Hush()
 
 
 def _log_level(word: str) -> int:
@@ -387,8 +436,8 @@ def _name_bare_arguments() -> None:
 # One client's view of a device. The slots that requests need are here, ready.
 class _Handle(Opening):
     __slots__ = (
-        "__weakref__", "edge", "name", "odd_offset", "odd_read", "odd_write", "preadv", "pwritev",
-        "readonly", "size",
+        "__weakref__", "edge", "failures", "name", "odd_offset", "odd_read", "odd_write", "preadv",
+        "pwritev", "readonly", "size",
     )  # fmt: skip
 
     def __init__(self, name: str, edge: Edge, readonly: bool) -> None:
@@ -400,6 +449,8 @@ class _Handle(Opening):
         self.name = name
         self.edge = edge
         self.readonly = readonly or device.readonly
+        # What has failed so far, and with which errno.
+        self.failures: set[tuple[str, int]] = set()
         self.size = device.size
         self.preadv = device.preadv
         self.pwritev = device.pwritev
@@ -550,6 +601,8 @@ class _Server:
             script.update({name: _in_worker(call) for name, call in requests.items()})
         buffers.slow_copy_width()  # measured now, not in the first client's big read
         self._drain.start()
+        if self.level > logging.DEBUG:
+            _hush.start()
         background.allow()
         try:
             self.plugin.start(self._drain.begin)

@@ -9,12 +9,14 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
 
 import pytest
 
+from tests import needs
 from tests.nbd.conftest import MIB, ODD_DEVICES, ROOT
 from tests.nbd.hangup import connect as connect_by_hand
 from tests.nbd.hangup import hang_up_in_flight
@@ -212,12 +214,63 @@ def test_a_failure_is_one_line_in_the_log(odd):
     assert lines[0].endswith("[EIO] errno-5: read of 4096 bytes at byte 8192: made to fail")
 
 
+def test_a_client_that_keeps_failing_does_not_fill_the_log(odd):
+    """nbdkit has a line for each failed request: a leg that was gone made 4 MB of them a second."""
+    handle = odd.connect("errno-5")
+    for place in range(2000):
+        with pytest.raises(nbd.Error):
+            handle.pread(512, place % 16 * 512)
+    with pytest.raises(nbd.Error):
+        handle.pwrite(bytes(512), 0)
+    with pytest.raises(nbd.Error):
+        odd.connect("bug").pread(512, 0)
+    lines = odd.log.splitlines()
+    # A handful more when the machine is so busy that a thread loses its turn.
+    assert 1 <= sum("errno-5: read" in line for line in lines) < 20
+    assert sum("errno-5: write" in line for line in lines) == 1
+    assert "this is the bug" in odd.log
+
+
 def test_a_bug_of_ours_is_eio_with_a_traceback(odd):
     """What is not an OSError must not look like an answer of the device."""
     with pytest.raises(nbd.Error) as caught:
         odd.connect("bug").pread(512, 0)
     assert caught.value.errno == "EIO"
     assert "Traceback" in odd.log and "this is the bug" in odd.log
+
+
+def test_a_server_outlives_the_program_that_started_it(folder):
+    """nbdkit 1.32.5 has the kernel send it SIGTERM then, --exit-with-parent or not."""
+    needs.nbdkit_plugin("python")
+    pid_file = f"{folder}/pid"
+    command = f"nbdkit -f -P {pid_file} -U {folder}/s python {ODD_DEVICES} 2>{folder}/log & "
+    # The shell ends when the server listens; what starts and ends with it is not the server.
+    waiting = f"while ! test -s {pid_file} && kill -0 $!; do sleep 0.01; done; sleep 0.2"
+    subprocess.run(["sh", "-c", command + waiting], timeout=30, check=True)
+    with open(pid_file) as file:
+        pid = int(file.read())
+    try:
+        time.sleep(0.2)  # what the kernel sends at the end of a parent would be there by now
+        with open(f"/proc/{pid}/stat") as file:
+            assert file.read().rpartition(")")[2].split()[0] not in "ZX"
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_signal_at_the_end_of_the_parent_is_called_off():
+    get, set_ = 2, 1
+    script = (
+        "import ctypes\nfrom dmpy import nbd\nprctl = ctypes.CDLL(None).prctl\n"
+        "def signal_at_end():\n    number = ctypes.c_int()\n"
+        f"    prctl({get}, ctypes.byref(number))\n    return number.value\n"
+        f"prctl({set_}, 15)\nbefore = signal_at_end()\nnbd._outlive_parent()\n"
+        "print(before, signal_at_end())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout == "15 0\n"
 
 
 def test_the_unix_socket_is_for_its_owner_only(odd):
