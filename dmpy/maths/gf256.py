@@ -19,6 +19,7 @@ __all__ = [
     "EXP",
     "LOG",
     "POLYNOMIAL",
+    "add_product",
     "double",
     "halve",
     "inverse",
@@ -56,7 +57,7 @@ EXP, LOG = _tables()
 _SMALL = 8 << 10
 # take() makes 64-bit numbers of its indexes: pieces whose numbers stay in the cache.
 _PIECE = 32 << 10
-# Multiplying by so small a power is faster by doubling.
+# Multiplying a large array by so small a power is faster by doubling.
 _FEW_DOUBLINGS = 2
 
 
@@ -118,20 +119,39 @@ def multiply(constant: int, source: np.ndarray, out: np.ndarray) -> None:
             out[...] = 0
         elif out is not source:
             np.positive(source, out)
+    elif length <= _SMALL or length % 2:
+        np.positive(_translated(constant, source), out)
     elif LOG[constant] <= _FEW_DOUBLINGS:
         np.positive(source, out)
         spare = np.empty(length, np.uint8)
         for _ in range(LOG[constant]):
             double(out, spare)
-    elif length <= _SMALL or length % 2:
-        products = source.tobytes().translate(_products(constant))
-        np.positive(np.frombuffer(products, np.uint8), out)
     else:
         table = _pair_products(constant)
         pairs, found = source.view(np.uint16), out.view(np.uint16)
         for begin in range(0, len(pairs), _PIECE):
             end = begin + _PIECE
             table.take(pairs[begin:end], out=found[begin:end], mode="clip")
+
+
+def add_product(constant: int, source: np.ndarray, out: np.ndarray) -> None:
+    """Add a constant times each byte of `source` to `out`.
+
+    Args:
+        constant: an element, 0 to 255.
+        source: uint8[n], overwritten with nothing of use.
+        out: uint8[n], changed in place.
+    """
+    if len(source) <= _SMALL:
+        np.bitwise_xor(out, _translated(constant, source), out)
+    else:
+        multiply(constant, source, source)
+        np.bitwise_xor(out, source, out)
+
+
+# A new array of the products, by way of bytes.
+def _translated(constant: int, source: np.ndarray) -> np.ndarray:
+    return np.frombuffer(source.tobytes().translate(_products(constant)), np.uint8)
 
 
 # The products of a constant and each byte: 256 bytes for bytes.translate().

@@ -91,13 +91,14 @@ def q_update(q: np.ndarray, old: np.ndarray, new: np.ndarray, index: int) -> Non
     if index == 0:
         xor_update(q, old, new)
         return
-    with _spare() as spare:
-        for begin in range(0, len(q), _PIECE):
-            part = slice(begin, begin + _PIECE)
-            change = spare[: len(q[part])]
-            np.bitwise_xor(old[part], new[part], change)
-            gf256.multiply(gf256.power(index), change, change)
-            np.bitwise_xor(q[part], change, q[part])
+    constant = gf256.power(index)
+    if len(q) <= _PIECE:
+        # Fast path: what a write changes of one chunk is one piece.
+        gf256.add_product(constant, np.bitwise_xor(old, new), q)
+        return
+    for begin in range(0, len(q), _PIECE):
+        part = slice(begin, begin + _PIECE)
+        gf256.add_product(constant, np.bitwise_xor(old[part], new[part]), q[part])
 
 
 def pq(
