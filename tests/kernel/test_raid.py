@@ -1,0 +1,364 @@
+"""Sets of the kernel's dm-raid and of ours, on the same disks, in both directions.
+
+The kernel makes sets of every type: some are stopped in order, some lose devices, and of some the
+power is cut while they are written. A program that knows only where the layouts put things reads
+all data from the devices. dmpy opens copies of the same sets, writes and closes them, and makes
+sets of its own; then the kernel opens all these, compares, checks all parity and copies, and writes
+again; and dmpy reads that.
+
+In a second's boot there is time for all sets, so the tests share two boots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import dmpy
+from dmpy.maths import parity
+from dmpy.raid.levels import LEVELS, Geometry
+from tests import needs
+from tests.kernel import guest
+from tests.kernel.array_steps import BLOCK, block, content
+
+pytestmark = pytest.mark.kernel
+
+SECTOR_SIZE = 512
+# Of each metadata and each data device.
+META_SECTORS = 64
+DATA_SECTORS = 1024
+MODULES = ["dm-mod", "raid0", "raid1", "raid10", "raid456", "dm-raid"]
+
+
+class Set(NamedTuple):
+    """A RAID set of the tests.
+
+    Attributes:
+        type: dm-raid's word.
+        devices: how many.
+        chunk: sectors.
+        copies: raid10: copies of everything.
+        format: raid10: near, far or offset.
+        near_sets: raid10: far copies rotate among all devices.
+        params: parameters besides those.
+        lost: places of devices that it loses after it was filled.
+        dirty: the power is cut while it is written.
+    """
+
+    type: str
+    devices: int
+    chunk: int
+    copies: int = 1
+    format: str = ""
+    near_sets: bool = False
+    params: str = ""
+    lost: tuple[int, ...] = ()
+    dirty: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [self.type, str(self.devices), str(self.chunk)]
+        words += [f"{self.format}{self.copies}"] if self.format else []
+        words += ["nearsets"] if self.near_sets else []
+        words += [f"lost{place}" for place in self.lost]
+        words += ["dirty"] if self.dirty else []
+        return "-".join(words)
+
+    @property
+    def rows(self) -> int:
+        """Chunks of each device that are used."""
+        rows = DATA_SECTORS // self.chunk
+        return rows - rows % self.copies
+
+    @property
+    def sectors(self) -> int:
+        """Length of the set."""
+        parity_devices = LEVELS[self.type].parity
+        if self.type == "raid1":
+            return DATA_SECTORS
+        return self.rows * (self.devices - parity_devices) // self.copies * self.chunk
+
+    @property
+    def size(self) -> int:
+        return self.sectors * SECTOR_SIZE
+
+    @property
+    def redundant(self) -> bool:
+        return self.type != "raid0"
+
+    @property
+    def geometry(self) -> Geometry:
+        found = {"near": self.copies} if self.format == "near" else {}
+        if self.format in ("far", "offset"):
+            found = {"far": self.copies, "far_offset": self.format == "offset"}
+            found["far_sets"] = 0 if self.near_sets else 2
+        return Geometry(
+            LEVELS[self.type],
+            self.devices,
+            self.chunk * SECTOR_SIZE,
+            member_size=(DATA_SECTORS if self.type == "raid1" else self.rows * self.chunk)
+            * SECTOR_SIZE,
+            **found,
+        )
+
+    def node(self) -> str:
+        return f"/dev/mapper/{self.name}"
+
+    def table(self, without: Iterable[int] = ()) -> str:
+        """Return its table, with `- -` in place of some devices."""
+        params = [str(0 if self.type == "raid1" else self.chunk)]
+        if self.format:
+            params += ["raid10_copies", str(self.copies), "raid10_format", self.format]
+        params += ["raid10_use_near_sets"] if self.near_sets else []
+        params += self.params.split()
+        pairs = [
+            "- -" if place in without else f"{self.node()}-m{place} {self.node()}-d{place}"
+            for place in range(self.devices)
+        ]
+        return (
+            f"0 {self.sectors} raid {self.type} {len(params)} {' '.join(params)} "
+            f"{self.devices} {' '.join(pairs)}"
+        )
+
+
+def _sets() -> list[Set]:
+    sets = [
+        Set("raid0", 2, 8),
+        Set("raid0", 5, 16),
+        Set("raid1", 2, 8),
+        Set("raid1", 3, 8, params="region_size 32"),
+        Set("raid4", 4, 16),
+        Set("raid5_ls", 2, 8),
+        Set("raid5_ls", 3, 64),
+    ]
+    sets += [Set(f"raid5_{word}", 5, 8) for word in ("n", "la", "ra", "ls", "rs")]
+    raid6 = ("zr", "nr", "nc", "n_6", "la_6", "ra_6", "ls_6", "rs_6")
+    sets += [Set(f"raid6_{word}", 5 + index % 2, 8) for index, word in enumerate(raid6)]
+    sets += [Set("raid6_zr", 4, 32), Set("raid6_nc", 6, 16), Set("raid6_nr", 6, 16)]
+    for devices, copies in ((2, 2), (3, 2), (4, 2), (5, 3), (6, 3)):
+        sets.append(Set("raid10", devices, 8, copies, "near"))
+    for devices, copies in ((2, 2), (3, 2), (4, 2), (5, 2), (5, 3), (6, 3)):
+        sets.append(Set("raid10", devices, 8, copies, "far"))
+        sets.append(Set("raid10", devices, 8, copies, "offset"))
+    sets += [Set("raid10", 5, 8, 2, "far", True), Set("raid10", 5, 8, 3, "offset", True)]
+    return sets
+
+
+_REGIONS = "region_size 32"
+SETS = _sets()
+DEGRADED = [
+    Set("raid1", 3, 8, lost=(0,), params=_REGIONS),
+    Set("raid4", 4, 8, lost=(0,)),
+    Set("raid4", 4, 8, lost=(2,), params=_REGIONS),
+    Set("raid5_ls", 4, 8, lost=(1,), params=_REGIONS),
+    Set("raid5_ra", 5, 16, lost=(4,)),
+    Set("raid6_zr", 5, 8, lost=(1, 3), params=_REGIONS),
+    Set("raid6_nr", 5, 8, lost=(0,)),
+    Set("raid6_nc", 5, 8, lost=(0, 4)),
+    Set("raid6_ls_6", 5, 8, lost=(2, 4)),
+    Set("raid10", 4, 8, 2, "near", lost=(0, 3), params=_REGIONS),
+    Set("raid10", 5, 8, 2, "far", lost=(1,)),
+    Set("raid10", 5, 8, 3, "offset", lost=(2,)),
+]
+DIRTY = [
+    Set("raid1", 2, 8, dirty=True, params=_REGIONS),
+    Set("raid4", 4, 8, dirty=True),
+    Set("raid5_ls", 4, 16, dirty=True, params=_REGIONS),
+    Set("raid5_la", 3, 64, dirty=True, params="region_size 128"),
+    Set("raid6_nc", 5, 8, dirty=True, params=_REGIONS),
+    Set("raid10", 4, 8, 2, "near", dirty=True, params=_REGIONS),
+    Set("raid10", 5, 8, 2, "offset", dirty=True),
+]
+ALL = SETS + DEGRADED + DIRTY
+# Sets that dmpy makes.
+OURS = [one._replace(dirty=False) for one in SETS if one.name != "raid1-2-8"]
+
+
+def _places(sets: list[Set]) -> dict[tuple[str, int], int]:
+    # The sector of the disk at which each device of each set has its metadata; the data follow.
+    found, sector = {}, 0
+    for one in sets:
+        for place in range(one.devices):
+            found[one.name, place] = sector
+            sector += META_SECTORS + DATA_SECTORS
+    return found
+
+
+def _disk_size(sets: list[Set]) -> int:
+    return sum(one.devices for one in sets) * (META_SECTORS + DATA_SECTORS) * SECTOR_SIZE
+
+
+def _slices(sets: list[Set], disk: str) -> dict[str, str]:
+    # The devices that the sets lie on: name and table.
+    found = {}
+    for (name, place), sector in _places(sets).items():
+        found[f"{name}-m{place}"] = f"0 {META_SECTORS} linear {disk} {sector}"
+        found[f"{name}-d{place}"] = f"0 {DATA_SECTORS} linear {disk} {sector + META_SECTORS}"
+    return found
+
+
+def _concise(tables: dict[str, str]) -> str:
+    return ";".join(f"{name},,,,{table}" for name, table in tables.items())
+
+
+def _seed(one: Set, times: int) -> int:
+    # What a set is filled with for the first, second ... time.
+    return int.from_bytes(hashlib.sha256(f"{one.name} {times}".encode()).digest()[:4], "little")
+
+
+def _first(one: Set) -> bytes:
+    return content(_seed(one, 1), one.size)
+
+
+def _sha(data: bytes | bytearray | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# A degraded set is overwritten here after it has lost devices.
+_OVER_OFFSET, _OVER_LENGTH = 24 << 10, 200 << 10
+
+
+def _overwritten(one: Set) -> bytes:
+    data = bytearray(_first(one))
+    data[_OVER_OFFSET : _OVER_OFFSET + _OVER_LENGTH] = content(_seed(one, 9), _OVER_LENGTH)
+    return bytes(data)
+
+
+def _remove(sets: list[Set]) -> list:
+    return ["run", ["dmsetup", "remove", *(one.name for one in sets)]]
+
+
+def _create(tables: dict[str, str]) -> list:
+    return ["run", ["dmsetup", "create", "--concise", _concise(tables)]]
+
+
+def _scrub(sets: list[Set]) -> list:
+    return ["scrub", [one.name for one in sets if one.redundant]]
+
+
+def _do_in_guest(folder: Path, disks: list[Path], steps: list[list]) -> list:
+    folder.mkdir()
+    steps = [[verb, *(rest[0] if verb in ("run", "try") else rest)] for verb, *rest in steps]
+    (folder / "plan").write_text(json.dumps(steps))
+    shutil.copy(Path(__file__).with_name("array_steps.py"), folder)
+    result = guest.run(
+        "/usr/bin/python3 -I array_steps.py plan answers",
+        folder,
+        disks=disks,
+        modules=MODULES,
+        memory="512M",
+        seconds=60,
+    )
+    assert result.status == 0, result.output + result.dmesg
+    answers = json.loads(result.read("answers"))
+    print(f"{folder.name}: {result.seconds:.1f} s")
+    return answers
+
+
+@dataclass
+class Made:
+    """What the kernel made.
+
+    Attributes:
+        disk: with all of ALL, as the kernel left it.
+        scrubbed: status of the sets by name, after a check of each.
+    """
+
+    disk: Path
+    scrubbed: dict[str, str]
+
+    def data(self, one: Set, place: int) -> np.ndarray:
+        """Return all bytes of a data device."""
+        sector = _places(ALL)[one.name, place] + META_SECTORS
+        return np.fromfile(
+            self.disk, np.uint8, DATA_SECTORS * SECTOR_SIZE, offset=sector * SECTOR_SIZE
+        )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Made:
+    """Let the kernel make all sets."""
+    needs.tool(guest.KERNEL, package="user-mode-linux")
+    needs.tool("dmsetup", package="dmsetup")
+    folder = tmp_path_factory.mktemp("raid")
+    disk = folder / "made.img"
+    with disk.open("wb") as file:
+        file.truncate(_disk_size(ALL))
+    whole = SETS + DEGRADED
+    steps = [
+        _create(_slices(ALL, guest.ubd(0))),
+        _create({one.name: one.table() for one in whole}),
+        ["settle"],
+        *(["fill", one.node(), _seed(one, 1)] for one in whole),
+        _scrub(whole),
+        _remove(whole),
+        _create({one.name: one.table(one.lost) for one in DEGRADED}),
+        *(["write", one.node(), _OVER_OFFSET, _seed(one, 9), _OVER_LENGTH] for one in DEGRADED),
+        _remove(DEGRADED),
+        _create({one.name: one.table() for one in DIRTY}),
+        ["settle"],
+        *(["fill", one.node(), _seed(one, 1)] for one in DIRTY),
+        ["scribble", [one.node() for one in DIRTY], 1],
+        ["sleep", 0.5],
+        ["cut"],
+    ]
+    answers = _do_in_guest(folder / "make", [disk], steps)
+    return Made(disk, answers[3 + len(whole)])
+
+
+def _mismatches(status: str) -> int:
+    return int(status.split()[8])
+
+
+@pytest.mark.parametrize("one", SETS, ids=lambda one: one.name)
+def test_layout_is_where_the_kernel_put_the_data(made, one):
+    geometry = one.geometry
+    assert geometry.size == one.size
+    members = [made.data(one, place) for place in range(one.devices)]
+    data = np.frombuffer(_first(one), np.uint8)
+    chunk = one.chunk * SECTOR_SIZE
+    if LEVELS[one.type].parity == 0:
+        done = 0
+        for copies in geometry.copies(0, one.size):
+            for member, offset, length in copies:
+                expected = data[done : done + length]
+                found = members[member][offset : offset + length]
+                assert np.array_equal(found, expected), f"byte {done} on device {member}"
+            done += length
+        assert done == one.size
+        return
+    for number in range(one.size // chunk):
+        row, member = geometry.locate(number)
+        found = members[member][row * chunk : (row + 1) * chunk]
+        assert np.array_equal(found, data[number * chunk : (number + 1) * chunk]), f"chunk {number}"
+
+
+@pytest.mark.parametrize(
+    "one", [one for one in SETS if LEVELS[one.type].parity], ids=lambda one: one.name
+)
+def test_parity_is_what_the_kernel_computed(made, one):
+    members = [made.data(one, place) for place in range(one.devices)]
+    chunk = one.chunk * SECTOR_SIZE
+    for row in range(one.rows):
+        chunks = [member[row * chunk : (row + 1) * chunk] for member in members]
+        stripe = one.geometry.stripe(row)
+        data = [None if member is None else chunks[member] for member in stripe.syndrome]
+        p = np.empty(chunk, np.uint8)
+        q = None if stripe.q is None else np.empty(chunk, np.uint8)
+        parity.pq(data, p, q)
+        assert np.array_equal(p, chunks[stripe.p]), f"P of row {row}"
+        if stripe.q is not None:
+            assert np.array_equal(q, chunks[stripe.q]), f"Q of row {row}"
+
+
+def test_sets_of_the_kernel_are_consistent_to_begin_with(made):
+    for name, status in made.scrubbed.items():
+        assert _mismatches(status) == 0, f"{name}: {status}"
