@@ -556,6 +556,25 @@ class Args:
             )
         return Leg(device, start, length)
 
+    def optional_leg(self, name: str, length: int | None = None) -> Leg | None:
+        """Take a device of which the table gives no start, or `-` for none.
+
+        Args:
+            name: what the device is, for the sentence.
+            length: bytes that the target needs from its start on, None for all of it.
+        """
+        if self._place < len(self.words) and self.words[self._place] == "-":
+            self._place += 1
+            return None
+        device = self.device(name)
+        if length is not None and length > device.size:
+            self.fail(
+                f"{name} {device.name} has {device.size >> SECTOR_SHIFT} sectors, "
+                f"the line needs {length >> SECTOR_SHIFT}",
+                name,
+            )
+        return Leg(device, 0, device.size if length is None else length)
+
     def check_chunk(self, chunk_size: int, block: int) -> None:
         """Refuse chunks that would cut the blocks of a leg; both are bytes."""
         if chunk_size % block:
