@@ -121,6 +121,8 @@ class Syncer:
                 if action is None:
                     self.array.clean_up(self.daemon_sleep)
                 else:
+                    if action == "recover":
+                        self._take_spare()
                     self._do(action)
             except OSError as error:
                 _log.error("%s: %s: %s", self.array.name, action or "bitmap", error)
@@ -137,14 +139,18 @@ class Syncer:
             return None
         if self._asked is not None:
             return self._asked
-        self._take_spare()
-        if any(member.state == REBUILDING for member in array.members):
+        if self._spare_fits() or any(member.state == REBUILDING for member in array.members):
             return "recover"
         if array.resync_offset is not None or (array.unsynced and not array.degraded):
             return "resync"
         return None
 
-    # A spare takes the place of a member that is gone.
+    # Whether there is a spare and a place for it.
+    def _spare_fits(self) -> bool:
+        array = self.array
+        return bool(array.spares) and any(not member.writable for member in array.members)
+
+    # A spare takes the place of a member that is gone. Not under the lock: the array wakes us.
     def _take_spare(self) -> None:
         array = self.array
         for member in array.members:
