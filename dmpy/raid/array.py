@@ -249,8 +249,18 @@ class Array(ABC):
         return sum(member.state != IN_SYNC for member in self.members)
 
     @property
+    def healthy(self) -> bool:
+        """Whether all members are in sync."""
+        for member in self.members:
+            if member.state != IN_SYNC:
+                return False
+        return True
+
+    @property
     def failed(self) -> bool:
         """Whether so many members are gone that bytes are lost."""
+        if self.healthy:
+            return False
         working = {member.index for member in self.members if member.state == IN_SYNC}
         return not self.geometry.enough(working)
 

@@ -124,15 +124,25 @@ class CopiesArray(Array):
         self.locks.take(first, last)
         try:
             pieces = self.geometry.copies(offset, length)
-            for copy in range(max(map(len, pieces))):
-                for index, place, views in by_leg([run[copy] for run in pieces], buffers):
-                    member = self.members[index]
-                    if member.writable:
-                        self.write_member(member, views, place, fua=fua)
+            if len(pieces) == 1:
+                for index, place, _ in pieces[0]:
+                    if self.members[index].writable:
+                        self.write_member(self.members[index], buffers, place, fua=fua)
+            else:
+                self._write_pieces(pieces, buffers, fua)
         finally:
             self.locks.give_back(first, last)
-        self.end_write(offset, length)
+            self.end_write(offset, length)
         self.refuse_if_failed(offset)
+
+    # Write several pieces, all copies of them.
+    def _write_pieces(
+        self, pieces: list[list[tuple[int, int, int]]], buffers: Buffers, fua: bool
+    ) -> None:
+        for copy in range(max(map(len, pieces))):
+            for index, place, views in by_leg([run[copy] for run in pieces], buffers):
+                if self.members[index].writable:
+                    self.write_member(self.members[index], views, place, fua=fua)
 
     # The windows that a piece lies in.
     def _stripes(self, offset: int, length: int) -> tuple[int, int]:

@@ -104,7 +104,7 @@ class Level(NamedTuple):
     Attributes:
         name: dm-raid's word (`raid5_ls`), or one in its manner for what only md has.
         number: md's level: 0, 1, 4, 5, 6 or 10.
-        minimum: members that dm-raid asks for. md has RAID 0 and RAID 1 of one member too.
+        minimum: members without which there is no such array.
         redundancy: members that may be lost in any case: of RAID 1 and RAID 10, with two copies.
         parity: chunks of a stripe that are not data: 0, 1 (P) or 2 (P and Q).
         layout: md's layout number; of RAID 10 that of two copies, far and offset in far sets.
@@ -138,8 +138,8 @@ class StripeMap(NamedTuple):
 
 def _levels() -> dict[str, Level]:
     levels = [
-        Level("raid0", 0, 2, 0, 0, 0),
-        Level("raid1", 1, 2, 1, 0, 0),
+        Level("raid0", 0, 1, 0, 0, 0),
+        Level("raid1", 1, 1, 1, 0, 0),
         Level("raid10", 10, 2, 1, 0, 0x102),
         Level("raid10_near", 10, 2, 1, 0, 0x102),
         Level("raid10_far", 10, 2, 1, 0, 0x40201),
@@ -284,9 +284,10 @@ class Geometry:
 
     def __post_init__(self) -> None:
         level, members = self.level, self.members
-        minimum = 1 if level.number in (0, 1) else level.minimum
-        if members < minimum:
-            raise ValueError(f"{level.name} needs at least {minimum} members (got {members})")
+        if members < level.minimum:
+            raise ValueError(
+                f"{level.name} needs at least {level.minimum} members (got {members})"
+            )
         if level.number == 1:
             found = {"size": self.member_size, "data_members": 1}
         else:

@@ -277,7 +277,7 @@ class Raid(Target):
             self._job = None
 
     def postsuspend(self) -> None:
-        """Leave everything so that it can be picked up again: no region dirty, if none has to be."""
+        """Leave everything so that it can be picked up again, no region dirty that need not be."""
         if self.array is not None and not self.array.failed:
             self.array.clean_up(0)
             self.array.keep()

@@ -133,7 +133,8 @@ def test_a_device_that_failed_is_known_after_a_restart_and_brought_up_to_date():
         assert device.event_nr > 0
     leaves.devices["d2"].heal()
     with Mapper(leaves=leaves) as dm:
-        device = dm.create("r", line("raid5_ls"))
+        # So slowly that it cannot be done at once.
+        device = dm.create("r", line("raid5_ls", "max_recovery_rate 1"))
         target = device.live.lines[0].target
         assert target.array.members[2].only_unsynced
         settle(device)
@@ -304,7 +305,11 @@ def test_a_table_is_printed_in_the_kernels_order():
 
 @pytest.mark.parametrize(
     ("params", "word"),
-    [("", "raid10"), ("raid10_format far", "raid10_far"), ("raid10_format offset", "raid10_offset")],
+    [
+        ("", "raid10"),
+        ("raid10_format far", "raid10_far"),
+        ("raid10_format offset", "raid10_offset"),
+    ],
 )
 def test_the_status_names_the_layout_of_a_raid10(params, word):
     text = line("raid10", params)
