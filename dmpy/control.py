@@ -66,7 +66,7 @@ _WAIT_SLICE = 0.25
 # Seconds that requests under way get to end when the server stops.
 _STOP_PATIENCE = 5.0
 _RECEIVE_SIZE = 1 << 18
-_SERVER_KEYS = ("uri", "tcp_uri", "runtime", "state", "devdir")
+_SERVER_KEYS = ("uri", "tcp_uri", "runtime", "state", "devdir", "metrics")
 _MAX_MINOR = (1 << 20) - 1
 
 _log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ METHODS: dict[str, Method] = {
     "server": Method(
         "Describe the server, once it has attached what it has to attach at its start.",
         '{"pid", "uri" (of the NBD server), "tcp_uri" (the same over TCP, or null), "runtime", '
-        '"state", "devdir" (folders, or null), '
+        '"state", "devdir" (folders, or null), "metrics" (HOST:PORT or unix:PATH, or null), '
         '"uptime" (seconds), "failed": [{"name", "uuid", "minor", "error"}] (devices that could '
         "not be rebuilt)}",
     ),
@@ -593,7 +593,7 @@ class ControlServer:
         mapper: whose devices; not closed by this.
         path: of the socket, in a folder that only its owner can write to.
         info: what `server` and `version` tell: "uri", "tcp_uri", "runtime", "state", "devdir",
-            "nbdkit"; with "devdir" every device that becomes live is attached and linked there.
+            "metrics", "nbdkit"; with "devdir" every device that becomes live is attached and linked there.
         shutdown: begins to stop the server and returns at once; called after the reply.
         max_connections: how many clients are served at a time. One more closes the connection
             that has been idle for longest, or waits for one, or is refused.

@@ -250,6 +250,10 @@ class ServerPlugin(Plugin):
     def start(self, end: Callable[[], None]) -> None:
         """Serve the control socket, and metrics where they are wanted."""
         self._journal.sign()
+        if "metrics" in self._values:
+            metrics = MetricsServer(self._mapper, self._values["metrics"])
+            metrics.start()
+            self._metrics = metrics
         runtime = self._values["runtime"]
         nbd_socket = quote(self.socket or os.path.join(runtime, "nbd.sock"))
         info = {
@@ -258,6 +262,7 @@ class ServerPlugin(Plugin):
             "runtime": runtime,
             "state": self._values["state"],
             "devdir": self._values.get("devdir"),
+            "metrics": self._metrics.address if self._metrics is not None else None,
             "nbdkit": nbdkit_version(),
         }
         control = ControlServer(
@@ -265,10 +270,6 @@ class ServerPlugin(Plugin):
         )
         control.start()
         self._control = control
-        if "metrics" in self._values:
-            metrics = MetricsServer(self._mapper, self._values["metrics"])
-            metrics.start()
-            self._metrics = metrics
 
     def retire(self) -> None:
         """Detach what is attached and stop taking commands."""

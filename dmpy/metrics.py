@@ -148,6 +148,14 @@ class MetricsServer:
         """The TCP port, or None on a Unix socket."""
         return None if self._path is not None else self._server.server_address[1]
 
+    @property
+    def address(self) -> str:
+        """Where it answers, as `parse_address` reads it, with the port that it got."""
+        if self._path is not None:
+            return f"unix:{self._path}"
+        host, port = self._server.server_address[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
     def start(self) -> None:
         """Begin to answer."""
         work = self._server.serve_forever

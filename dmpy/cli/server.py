@@ -79,8 +79,10 @@ def serve_command(session: Session, runtime: str | None, state: str | None, back
 # Where a server that is up can be reached, and what it could not bring back.
 def _tell(client: Client) -> None:
     server = client.call("server")
-    click.echo(f"dmpy: serving {server['uri']} (pid {server['pid']}, tables in "
-               f"{server['state']})", err=True)
+    places = " and ".join(filter(None, (server["uri"], server["tcp_uri"])))
+    metrics = f", metrics on {server['metrics']}" if server["metrics"] else ""
+    click.echo(f"dmpy: serving {places} (pid {server['pid']}, tables in {server['state']}"
+               f"{metrics})", err=True)
     for failed in server["failed"]:
         click.echo(f"dmpy: device {failed['name'] or failed['minor']} could not be rebuilt: "
                    f"{failed['error']}", err=True)

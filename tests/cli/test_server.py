@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -142,6 +143,14 @@ def test_serve_speaks_nbd_over_tcp_on_this_machine(own_dmpy):
     finally:
         own_dmpy.ok("shutdown")
         _end(process)
+
+
+def test_serve_says_which_free_ports_it_took(own_dmpy):
+    result = own_dmpy("serve", "--background", "--tcp", "localhost:0", "--metrics", "localhost:0")
+    ports = re.search(r"and nbd://127.0.0.1:(\d+) .*, metrics on 127.0.0.1:(\d+)\)$", result.err)
+    assert ports, result
+    for port in ports.groups():
+        socket.create_connection(("127.0.0.1", int(port)), 10).close()
 
 
 @pytest.mark.parametrize(("words", "expected"), [
