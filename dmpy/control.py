@@ -593,7 +593,8 @@ class ControlServer:
         mapper: whose devices; not closed by this.
         path: of the socket, in a folder that only its owner can write to.
         info: what `server` and `version` tell: "uri", "tcp_uri", "runtime", "state", "devdir",
-            "metrics", "nbdkit"; with "devdir" every device that becomes live is attached and linked there.
+            "metrics", "nbdkit"; with "devdir" every device that becomes live is attached and
+            linked there.
         shutdown: begins to stop the server and returns at once; called after the reply.
         max_connections: how many clients are served at a time. One more closes the connection
             that has been idle for longest, or waits for one, or is refused.
@@ -778,6 +779,8 @@ class ControlServer:
 
     # The entry of the journal that a selector names, when it was too damaged to make a device of.
     def _lost(self, selector: dict) -> FailedEntry | None:
+        if not self.mapper.failed:
+            return None
         there = {device.minor for device in self.mapper.devices()}
         for failed in self.mapper.failed:
             named = any(value and getattr(failed, key) == value for key, value in selector.items())

@@ -430,7 +430,7 @@ class Mapper:
             raise DeviceError(errno.EBUSY, f"device {name} exists already")
 
     def _free_uuid(self, uuid: str) -> None:
-        taken = self._find(lambda device: bool(uuid) and device.uuid == uuid)
+        taken = self._find(lambda device: device.uuid == uuid) if uuid else None
         if taken is not None:
             raise DeviceError(errno.EBUSY, f"uuid {uuid} is that of device {taken.name} already")
 
