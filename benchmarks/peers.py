@@ -73,6 +73,24 @@ def _ten_layers(ground: Ground) -> Server:
     return dmpy_server.create(ground, "ten", linear_table(leg, ground.size))
 
 
+# A RAID set without metadata devices, on files of its own, of at least the ground's size.
+def _raid(
+    ground: Ground, word: str, members: int, data: int, *, params: str = "", missing: int = 0
+) -> Server:
+    chunk = 0 if word == "raid1" else 64 << 10
+    unit = chunk or 4096
+    member_size = -(-ground.size // data // unit) * unit + unit
+    name = f"{word}{'-degraded' if missing else ''}"
+    pairs = [
+        "- -" if place < missing else f"- {ground.file(f'{name}-{place}.img', member_size)}"
+        for place in range(members)
+    ]
+    count = 1 + len(params.split())
+    length = member_size * data // _SECTOR
+    table = f"0 {length} raid {word} {count} {chunk // _SECTOR} {params} {members} "
+    return dmpy_server.create(ground, name, table + " ".join(pairs))
+
+
 PEERS = [
     Peer("file", "nbdkit file (C)", lambda g: g.nbdkit("file", "file", g.disk)),
     Peer(
@@ -102,5 +120,18 @@ PEERS = [
         "1000-segments", "dmpy 1,000 segments",
         lambda g: dmpy_server.create(g, "thousand", segments_table(g.disk, g.size, 1000)),
         ours=True,
+    ),
+    Peer("raid0", "dmpy raid0 of 4", lambda g: _raid(g, "raid0", 4, 4), ours=True),
+    Peer("raid1", "dmpy raid1 of 2", lambda g: _raid(g, "raid1", 2, 1), ours=True),
+    Peer("raid10", "dmpy raid10 of 4", lambda g: _raid(g, "raid10", 4, 2), ours=True),
+    Peer("raid5", "dmpy raid5 of 4", lambda g: _raid(g, "raid5_ls", 4, 3), ours=True),
+    Peer("raid6", "dmpy raid6 of 6", lambda g: _raid(g, "raid6_zr", 6, 4), ours=True),
+    Peer(
+        "raid5-degraded", "dmpy raid5 of 4, one lost",
+        lambda g: _raid(g, "raid5_ls", 4, 3, missing=1), ours=True,
+    ),
+    Peer(
+        "raid6-degraded", "dmpy raid6 of 6, two lost",
+        lambda g: _raid(g, "raid6_zr", 6, 4, missing=2), ours=True,
     ),
 ]

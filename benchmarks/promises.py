@@ -44,6 +44,16 @@ PROMISES = [
     Promise("striped", "linear", _RANDOM + _READ + _WRITE, 0.85),
     Promise("ten-layers", "linear", _RANDOM + _READ + _WRITE, 0.95),
     Promise("1000-segments", "linear", _RANDOM + _READ + _WRITE, 0.93),
+    Promise("raid0", "striped", _RANDOM[:1] + _READ, 0.9),
+    Promise("raid10", "striped", _RANDOM[:1] + _READ, 0.9),
+    Promise("raid1", "linear", _RANDOM[:1] + _READ, 0.95),
+    # A write to two files takes twice as long as one to a file, so 0.9 of that is 0.45 of linear.
+    Promise("raid1", "linear", _RANDOM[1:] + _WRITE, 0.45),
+    Promise("raid5", "linear", _WRITE, 0.55),
+    Promise("raid5", "linear", _RANDOM[1:], 0.30),
+    Promise("raid6", "linear", _WRITE, 0.30),
+    Promise("raid5-degraded", "raid5", _RANDOM[:1] + _READ, 0.5),
+    Promise("raid6-degraded", "raid6", _RANDOM[:1] + _READ, 0.2),
 ]
 
 LIMITS = [

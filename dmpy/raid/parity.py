@@ -165,8 +165,9 @@ class ParityArray(Array):
                 device=self.name,
                 offset=place,
             )
+        # None also stands for a place of DDF's layouts that nothing enters the syndrome from.
         data = [
-            _zeroes(chunks) if index is None else None if index in missing else chunks[index]
+            None if index is None or index in missing else chunks[index]
             for index in layout.syndrome
         ]
         wanted: dict[int | str, np.ndarray] = {}
@@ -193,8 +194,9 @@ class ParityArray(Array):
         self.locks.take(first, last)
         try:
             # Fast path: a small write to an array that lacks nothing.
-            if first == last and len(buffers) == 1 and self._write_in_chunk(offset, buffers[0], fua):
-                return
+            if first == last and len(buffers) == 1:
+                if self._write_in_chunk(offset, buffers[0], fua):
+                    return
             # Parity of full stripes has to stay until all is written.
             with ExitStack() as stack:
                 cut = Cutter(buffers)
@@ -280,12 +282,13 @@ class ParityArray(Array):
     def _parity(
         self, stack: ExitStack, layout: StripeMap, chunks: dict[int, np.ndarray], place: int
     ) -> list[tuple[int, int, memoryview]]:
-        data = [_zeroes(chunks) if index is None else chunks[index] for index in layout.syndrome]
-        p_view = stack.enter_context(scratch.scratch(len(data[0])))
+        data = [None if index is None else chunks[index] for index in layout.syndrome]
+        length = len(chunks[layout.data[0]])
+        p_view = stack.enter_context(scratch.scratch(length))
         if layout.q is None:
             xor_into(_numbers(p_view), data)
             return [(layout.p, place, p_view)]
-        q_view = stack.enter_context(scratch.scratch(len(data[0])))
+        q_view = stack.enter_context(scratch.scratch(length))
         pq(data, _numbers(p_view), _numbers(q_view))
         return [(layout.p, place, p_view), (layout.q, place, q_view)]
 
@@ -515,11 +518,6 @@ class ParityArray(Array):
                         self.write_member(self.members[index], [right], place)
                 mismatches += int(bad.sum()) * (min(_CHECK_BLOCK, size) >> 9)
         return mismatches
-
-
-# What stands in the syndrome of DDF's layouts for the members that hold parity.
-def _zeroes(chunks: dict[int, np.ndarray]) -> np.ndarray:
-    return np.zeros(len(next(iter(chunks.values()))), np.uint8)
 
 
 # Which blocks of two chunks differ.

@@ -129,10 +129,9 @@ class Raid(Target):
         count = args.integer("number of parameters", 1, 1024, plus=True)
         chunk_sectors, params = _parse_params(args, type_word, count)
         devices = args.integer("number of devices", 1, _MOST_DEVICES, plus=True)
-        minimum = 1 if level.number in (0, 1) else level.minimum
-        if devices < minimum:
+        if devices < level.minimum:
             args.fail(
-                f"{type_word} needs at least {minimum} devices (got {devices})",
+                f"{type_word} needs at least {level.minimum} devices (got {devices})",
                 "number of devices",
             )
         _check_places(args, params, devices)
