@@ -649,6 +649,11 @@ class Mapper:
         except (TableError, OSError) as error:
             reasons[device.minor] = str(error)
             return False
+        except Exception as error:
+            # A bug, of another package's target perhaps: the other devices are not to blame.
+            _log.exception("%s: cannot be rebuilt", device.name)
+            reasons[device.minor] = f"bug: {type(error).__name__}: {error}"
+            return False
         return True
 
     # Report a device of the journal that could not be rebuilt. It stays there, for the next time.

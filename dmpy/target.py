@@ -13,6 +13,7 @@ import pkgutil
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from enum import IntEnum
 from functools import reduce
 from importlib import metadata
@@ -624,7 +625,10 @@ def find_target(type_name: str) -> type[Target]:
 
 
 def target_types() -> list[type[Target]]:
-    """Return every target that a table can name, by name."""
+    """Return every target that a table can name, by name.
+
+    Those of other packages that cannot be loaded are left out; find_target() says why.
+    """
     package = importlib.import_module("dmpy.targets")
     modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
     found = {
@@ -633,7 +637,8 @@ def target_types() -> list[type[Target]]:
         for target in _targets_in(importlib.import_module(f"dmpy.targets.{module}"))
     }
     for point in metadata.entry_points(group=ENTRY_POINTS):
-        found.setdefault(point.name, _load(point))
+        with suppress(TableError):
+            found.setdefault(point.name, _load(point))
     return [found[name] for name in sorted(found)]
 
 
@@ -679,7 +684,13 @@ def _third_party(type_name: str) -> type[Target] | None:
 
 # The class behind an entry point, checked: what another package offers may be anything.
 def _load(point: metadata.EntryPoint) -> type[Target]:
-    target = point.load()
+    try:
+        target = point.load()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise TableError(
+            f"entry point {point.name}: {point.value} cannot be loaded: {reason}"
+        ) from error
     if not (isinstance(target, type) and issubclass(target, Target)):
         raise TableError(f"entry point {point.name}: {point.value} is not a Target class")
     if target.type_name != point.name:

@@ -342,3 +342,50 @@ def test_a_change_that_cannot_be_noted_is_told():
         notes.full = False
         dm.create("b", "0 8 zero")
     assert sorted(notes.kept) == [0, 1]
+
+
+@pytest.fixture
+def offered(tmp_path, monkeypatch):
+    """A package whose targets cannot be imported, or are wrong."""
+    (tmp_path / "dmpy_half.py").write_text("raise RuntimeError('half installed')\n")
+    (tmp_path / "dmpy_wrong.py").write_text(
+        "from dmpy.targets.zero import Zero\n"
+        "class Wrong(Zero):\n"
+        "    type_name = 'wrong'\n"
+        "    broken = False\n"
+        "    @classmethod\n"
+        "    def parse(cls, args, length):\n"
+        "        return {}['a bug'] if cls.broken else super().parse(args, length)\n"
+    )
+    info = tmp_path / "half-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: half\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(
+        "[dmpy.targets]\nhalf = dmpy_half:Half\nwrong = dmpy_wrong:Wrong\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("dmpy.target._found", {})
+
+
+def test_a_target_of_another_package_that_cannot_be_loaded_spoils_no_other(dm, offered):
+    names = [name for name, _ in dm.targets()]
+    assert "zero" in names and "half" not in names
+    with pytest.raises(TableError, match="unknown target type 'zerro'"):
+        dm.create("x", "0 8 zerro")
+    with pytest.raises(TableError, match="half: dmpy_half:Half cannot be loaded: .*half installed"):
+        dm.create("x", "0 8 half")
+
+
+def test_a_device_whose_target_has_a_bug_fails_alone_at_a_restart(offered, monkeypatch):
+    notes = Notes()
+    with Mapper(notes) as dm:
+        dm.create("a", "0 8 wrong")
+        dm.create("b", "0 8 zero")
+    from dmpy.target import find_target
+
+    monkeypatch.setattr(find_target("wrong"), "broken", True)
+    with Mapper(notes) as dm:
+        dm.restore()
+        failed = [(entry.name, entry.error) for entry in dm.failed]
+        assert failed == [("a", "bug: KeyError: 'a bug'")]
+        assert dm.device("b").table_text() == "0 8 zero"
