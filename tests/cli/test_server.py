@@ -184,3 +184,20 @@ def test_shutdown_waits_until_the_server_is_gone(own_dmpy):
     own_dmpy.ok("shutdown")
     assert time.monotonic() - start < 10
     assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_mirror_goes_on_copying_after_a_restart(own_dmpy, images):
+    """Devices are rebuilt before the server forks, and threads do not live through that."""
+    own_dmpy.ok(
+        "create", "safe", "--table",
+        f"0 2048 mirror core 1 64 2 {images}/a.img 0 {images}/b.img 0",
+    )
+    own_dmpy.ok("shutdown")
+    (images / "a.img").write_bytes(os.urandom(1 << 20))
+    assert own_dmpy("serve", "--background").status == 0
+    deadline = time.monotonic() + 30
+    while " 32/32 1 AA 1 core" not in own_dmpy.ok("status", "safe").out:
+        assert time.monotonic() < deadline, own_dmpy.ok("status", "safe").out
+        time.sleep(0.02)
+    own_dmpy.ok("remove", "safe")
+    assert (images / "a.img").read_bytes() == (images / "b.img").read_bytes()
