@@ -21,18 +21,30 @@ from dmpy.units import SECTOR_SIZE, exact_div, round_down, round_up
 
 __all__ = [
     "BITMAP_DEFAULT_OFFSET_090",
+    "BITMAP_SPACE_090",
+    "FAIL_FAST_1",
     "LARGEST_DEVICES",
     "MAX_SECTOR",
+    "MD_DISK_ACTIVE",
+    "MD_DISK_FAILFAST",
+    "MD_DISK_FAULTY",
+    "MD_DISK_REMOVED",
     "MD_DISK_ROLE_FAULTY",
     "MD_DISK_ROLE_JOURNAL",
     "MD_DISK_ROLE_MAX",
     "MD_DISK_ROLE_SPARE",
+    "MD_DISK_SYNC",
+    "MD_DISK_WRITEMOSTLY",
     "MD_FEATURES",
+    "MD_SB_BITMAP_PRESENT",
     "MD_SB_BYTES",
+    "MD_SB_CLEAN",
     "MD_SB_DISKS",
+    "MD_SB_ERRORS",
     "MD_SB_MAGIC",
     "PPL_AREA_SECTORS",
     "VERSIONS",
+    "WRITE_MOSTLY_1",
     "Candidate",
     "DiskDescriptor",
     "Superblock090",
@@ -417,11 +429,16 @@ class Superblock1(Record):
         """
         begin = self.super_offset
         end = begin + round_up(self.SIZE + 2 * len(self.dev_roles), SECTOR_SIZE) // SECTOR_SIZE
-        data_end = self.data_offset + self.data_size
-        limit = begin if self.data_offset < begin else device_size_sectors
+        # mdadm does not take data_offset away from data_size where the superblock lies behind.
+        behind = self.data_offset < begin
+        room = begin if behind else device_size_sectors - self.data_offset
+        if self.data_size > room:
+            raise self._wrong("data_size", self.data_size, f"at most {room}", device, byte)
+        data_end = self.data_offset + (self.size or self.data_size)
+        limit = begin if behind else device_size_sectors
         if data_end > limit:
-            found = f"{self.data_size} (from sector {self.data_offset})"
-            raise self._wrong("data_size", found, f"an end by sector {limit}", device, byte)
+            expected = f"an end by sector {limit} (from {self.data_offset})"
+            raise self._wrong("size", self.size, expected, device, byte)
         if begin <= self.data_offset < end:
             raise self._wrong("data_offset", self.data_offset, f"{end} or more", device, byte)
         if self.has("NEW_OFFSET") and self.has("RESHAPE_ACTIVE"):

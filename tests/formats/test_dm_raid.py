@@ -64,6 +64,15 @@ def test_the_geometry_is_that_of_the_table(name, level, layout, chunk, devices, 
     assert superblock.extended and not superblock.reshaping
 
 
+def test_a_reshape_says_where_it_goes():
+    superblock = decode("dm-raid5-reshaping-4")
+    assert superblock.reshaping
+    assert superblock.flags & dm_raid.SB_FLAG_RESHAPE_BACKWARDS
+    assert (superblock.stripe_sectors, superblock.new_stripe_sectors) == (64, 32)
+    assert (superblock.data_offset, superblock.new_data_offset) == (0, 8192)
+    assert superblock.reshape_position != MAX_SECTOR
+
+
 def test_the_devices_that_work_know_who_has_failed():
     assert decode("dm-raid5-failed-0").failed == {1}
     assert decode("dm-raid5-failed-2").failed == {1}
@@ -78,7 +87,10 @@ def test_an_idle_set_is_in_sync():
     assert superblock.reshape_position == MAX_SECTOR
 
 
-@pytest.mark.parametrize("name", [name for name in GOLDEN if name != "dm-raid0-1"])
+AT_REST = [name for name in GOLDEN if "reshaping" not in name and name != "dm-raid0-1"]
+
+
+@pytest.mark.parametrize("name", AT_REST)
 def test_the_bitmap_lies_behind(name):
     view = GOLDEN[name].read(dm_raid.BITMAP_OFFSET, 8192)
     bitmap = BitmapSuper.decode(view, device=name, byte=dm_raid.BITMAP_OFFSET)

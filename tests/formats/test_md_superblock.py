@@ -32,7 +32,13 @@ from tests.data.md.record import golden
 from tests.formats import pages
 from tests.formats.damage import damaged, decodes_or_says_why, records
 
-GOLDEN = {name: disk for name, disk in golden().items() if "examine" in disk.text}
+# mdadm 4.2 made an array of version 1.0 whose data goes over its superblock.
+OVERLAPPING = "raid1-1.0-offset"
+GOLDEN = {
+    name: disk
+    for name, disk in golden().items()
+    if "examine" in disk.text and name != OVERLAPPING
+}
 OF_1 = [name for name in GOLDEN if "0.90" not in name]
 OF_090 = [name for name in GOLDEN if "0.90" in name]
 SOUND = GOLDEN["recovering"].read(4096, 4096)
@@ -177,6 +183,7 @@ def test_what_linux_wrote_in_090_is_written_again_byte_for_byte(name):
     [
         ("raid1-new", ["BITMAP_OFFSET"]),
         ("raid0-1.2", []),
+        ("raid0-unequal", ["RAID0_LAYOUT"]),
         ("recovering", ["BITMAP_OFFSET", "RECOVERY_OFFSET"]),
         ("replacement", ["RECOVERY_OFFSET", "REPLACEMENT"]),
         ("replaced", []),
@@ -565,6 +572,29 @@ def test_what_lies_beyond_the_device_or_on_something_else_is_refused(changes, fi
     with pytest.raises(FormatError) as caught:
         Superblock1.decode(ours.encode(), byte=4096, device_size_sectors=33000)
     assert caught.value.field == field
+
+
+def test_an_array_that_mdadm_laid_over_its_own_superblock_is_refused():
+    disk = golden()[OVERLAPPING]
+    (found,) = find(disk.read, disk.sectors, device="sda")
+    assert found.superblock is None
+    assert str(found.error) == (
+        "sda: byte 16887888: md superblock: size is 32896, "
+        "expected an end by sector 32984 (from 2048)"
+    )
+
+
+def test_sectors_of_version_10_that_are_not_used_may_reach_over_the_superblock():
+    """As mdadm counts them where data does not begin at 0."""
+    disk = golden()[OVERLAPPING]
+    at = where("1.0", disk.sectors) * 512
+    ours = dataclasses.replace(
+        Superblock1.decode(disk.read(at, 4096), byte=at), size=30000, data_size=32976
+    )
+    ours.check_places(disk.sectors, device="sda", byte=at)
+    ours.data_size = 32985
+    with pytest.raises(FormatError, match="data_size is 32985, expected at most 32984"):
+        ours.check_places(disk.sectors, device="sda", byte=at)
 
 
 def test_a_disk_without_a_superblock_has_none():

@@ -60,6 +60,17 @@ create -e 1.2 -l 0 -n 2 -c 8 $a $b
 examine raid0-1.2 $a
 clean
 
+dmsetup create small --table "0 20000 linear $b 0"
+create -e 1.2 -l 0 -n 2 -c 8 $a /dev/mapper/small
+examine raid0-unequal $a
+mdadm --stop /dev/md0; dmsetup remove small
+clean
+
+create -e 1.0 -l 1 -n 2 --assume-clean --bitmap=none --data-offset=1024K $a $b
+mdadm --stop /dev/md0
+examine raid1-1.0-offset $a
+clean
+
 create -e 1.2 -l 4 -n 3 -c 4 --bitmap=none --assume-clean $a missing $c
 examine raid4-1.2 $c
 clean
@@ -185,4 +196,22 @@ timeout 5 mdadm --grow /dev/md0 -n 4
 sleep 1
 cat /proc/mdstat
 examine reshaping $a; examine reshaping-new $d
+
+# The same of dm-raid: other chunks, written to where there was free room.
+n=4
+for disk in $e $f $g; do
+    dmsetup create m$n --table "0 2000 linear $disk 31000"
+    dmsetup create d$n --table "0 30000 linear $disk 0"
+    n=$((n+1))
+done
+legs="3 $M/m4 $M/d4 $M/m5 $M/d5 $M/m6 $M/d6"
+echo 200000 >/proc/sys/dev/raid/speed_limit_max
+raid raid5 "0 20480 raid raid5_ls 3 64 region_size 1024 $legs"
+echo 10 >/proc/sys/dev/raid/speed_limit_max
+dmsetup suspend r
+dmsetup load r --table "0 20480 raid raid5_ls 5 32 region_size 1024 data_offset 8192 $legs"
+timeout 20 dmsetup resume r
+sleep 2
+dmsetup status r >text/dm-raid5-reshaping-4.status
+for i in 4 5; do keep dm-raid5-reshaping-$i $M/m$i 0 16; done
 exit 0
