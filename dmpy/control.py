@@ -18,7 +18,7 @@ import struct
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from dmpy.client import MAX_REQUEST, Client, RemoteError, ServerGone
 from dmpy.errors import DeviceError, FormatError, TableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from dmpy.mapped import MappedDevice
     from dmpy.mapper import FailedEntry, Mapper
@@ -61,8 +61,9 @@ _MAX_BATCH = 1000
 _MIN_IDLE = 0.2
 # Seconds a new connection waits for room before it is refused.
 _ROOM_PATIENCE = 2.0
-# Seconds between two looks at whether the client of a `wait` is still there.
+# Seconds between two looks at whether the client of a `wait` is still there, and how many may wait.
 _WAIT_SLICE = 0.25
+_MOST_WAITING = 1024
 # Seconds that requests under way get to end when the server stops.
 _STOP_PATIENCE = 5.0
 _RECEIVE_SIZE = 1 << 18
@@ -431,6 +432,8 @@ class _Connection:
         self.socket = sock
         # Since when nothing of a request has come, or None while one is read or served.
         self.idle_since: float | None = time.monotonic()
+        # Whether it waits for an event, perhaps for days: it takes no room from the others then.
+        self.waits = False
         self.thread = threading.Thread(target=self._run, name="control", daemon=True)
         # To be called when the reply is out: shutdown.
         self.after_reply: Callable[[], None] | None = None
@@ -596,8 +599,9 @@ class ControlServer:
             "metrics", "nbdkit"; with "devdir" every device that becomes live is attached and
             linked there.
         shutdown: begins to stop the server and returns at once; called after the reply.
-        max_connections: how many clients are served at a time. One more closes the connection
-            that has been idle for longest, or waits for one, or is refused.
+        max_connections: how many clients are served at a time, beside those that wait for an
+            event. One more closes the connection that has been idle for longest, or waits for one,
+            or is refused.
         request_timeout: seconds from the first byte of a request to its last, and for a reply.
         max_request: bytes.
     """
@@ -732,7 +736,7 @@ class ControlServer:
     def _make_room(self) -> bool:
         deadline = time.monotonic() + _ROOM_PATIENCE
         with self._changed:
-            while len(self._connections) >= self._max_connections:
+            while self._number_of(waiting=False) >= self._max_connections:
                 now = time.monotonic()
                 idle = [each for each in self._connections if each.idle_since is not None]
                 oldest = min(idle, key=lambda each: each.idle_since or now, default=None)
@@ -744,6 +748,24 @@ class ControlServer:
                 else:
                     self._changed.wait(_MIN_IDLE / 4)
         return True
+
+    # How many connections wait for an event, or do not; under _changed.
+    def _number_of(self, *, waiting: bool) -> int:
+        return sum(each.waits is waiting for each in self._connections)
+
+    # Surrounds a wait for an event.
+    @contextmanager
+    def _waiting(self, connection: _Connection) -> Iterator[None]:
+        with self._changed:
+            if self._number_of(waiting=True) >= _MOST_WAITING:
+                raise DeviceError(errno.EAGAIN, f"{_MOST_WAITING} clients wait for events already")
+            connection.waits = True
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                connection.waits = False
 
     def _drop(self, connection: _Connection) -> None:
         with self._changed:
@@ -885,7 +907,6 @@ class ControlServer:
         deps = [dict(zip(keys, each, strict=True)) for each in device.deps(inactive=inactive)]
         return {"name": device.name, "deps": deps}
 
-    # Waits in slices, between which it looks whether there is still somebody to reply to.
     def _do_wait(
         self,
         connection: _Connection,
@@ -893,13 +914,25 @@ class ControlServer:
         event_nr: int | None,
         timeout: float | None,
     ) -> dict:
+        with self._waiting(connection):
+            self._wait(connection, device, event_nr, timeout)
+        return self._describe(device)
+
+    # Waits in slices, between which it looks whether there is still somebody to reply to.
+    def _wait(
+        self,
+        connection: _Connection,
+        device: MappedDevice,
+        event_nr: int | None,
+        timeout: float | None,
+    ) -> None:
         known = device.event_nr if event_nr is None else event_nr
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = _WAIT_SLICE if deadline is None else deadline - time.monotonic()
             try:
                 device.wait(known, max(0.0, min(left, _WAIT_SLICE)))
-                return self._describe(device)
+                return
             except OSError as error:
                 if error.errno != errno.ETIMEDOUT:
                     raise

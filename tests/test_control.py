@@ -287,6 +287,35 @@ def test_a_client_that_only_ended_its_sending_still_gets_the_event(client, mappe
     assert raw.reply()["result"]["event_nr"] == 1
 
 
+def test_clients_that_wait_for_events_take_no_room_from_others(mapper, folder):
+    """128 of them kept everybody else out, `dmpy shutdown` too."""
+    mapper.create("r0", "0 8 zero")
+    with ControlServer(mapper, f"{folder}/c.sock", max_connections=2) as server:
+        waiters = [Raw(server.path) for _ in range(5)]
+        for waiter in waiters:
+            waiter.send(REQUEST | {"method": "wait", "params": {"name": "r0", "event_nr": 0}})
+        with Client(server.path, timeout=10) as client:
+            assert client.call("info", name="r0")["event_nr"] == 0
+        mapper.device("r0").trigger_event()
+        for waiter in waiters:
+            assert waiter.reply()["result"]["event_nr"] == 1
+            waiter.close()
+
+
+def test_more_waiting_clients_than_there_may_be_are_refused(mapper, folder, monkeypatch):
+    monkeypatch.setattr(control, "_MOST_WAITING", 1)
+    mapper.create("r0", "0 8 zero")
+    with ControlServer(mapper, f"{folder}/c.sock") as server:
+        first = Raw(server.path)
+        first.send(REQUEST | {"method": "wait", "params": {"name": "r0", "event_nr": 0}})
+        wait_until(lambda: any(each.waits for each in server._connections))
+        with Client(server.path, timeout=10) as client:
+            assert refusal(client, "wait", name="r0").errno == errno.EAGAIN
+        mapper.device("r0").trigger_event()
+        assert first.reply()["result"]["event_nr"] == 1
+        first.close()
+
+
 def test_wait_ends_when_the_server_stops(client, server, raw):
     client.call("create", name="r0", table="0 8 zero")
     raw.send(REQUEST | {"method": "wait", "params": {"name": "r0"}})
@@ -534,10 +563,9 @@ def test_an_idle_client_whose_connection_was_closed_calls_again(mapper, folder):
 
 def test_too_many_requests_under_way_are_refused_with_a_sentence(mapper, folder, monkeypatch):
     monkeypatch.setattr(control, "_ROOM_PATIENCE", 0.05)
-    mapper.create("r0", "0 8 zero")
     with ControlServer(mapper, f"{folder}/c.sock", max_connections=1) as server:
         raw = Raw(server.path)
-        raw.send(REQUEST | {"method": "wait", "params": {"name": "r0"}})
+        raw.socket.sendall(b'{"jsonrpc"')
         wait_until(lambda: any(each.idle_since is None for each in server._connections))
         with Client(server.path, timeout=30) as second:
             error = refusal(second, "version")
