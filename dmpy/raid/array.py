@@ -210,8 +210,9 @@ class Array(ABC):
         mismatches: sectors that the last check found to disagree.
         event: called when something happened that people wait for.
         needs_sync: called when there is work for the background.
-        unsynced: regions on which members may disagree: those that were dirty at a crash, and
-            those that were written while a member was missing.
+        unsynced: regions that were written while a member was missing.
+        crashed: regions that were dirty when the array was last used: members may disagree there.
+        requests: how many requests there were, more or less, to see whether the array is in use.
         spares: legs that take the place of a member that fails.
     """
 
@@ -240,6 +241,8 @@ class Array(ABC):
         # Regions whose bit is set in the store, and when each was last written.
         self._dirty: dict[int, float] = {}
         self.unsynced: set[int] = set()
+        self.crashed: set[int] = set()
+        self.requests = 0
 
     # State
 
@@ -283,6 +286,17 @@ class Array(ABC):
         self.event()
         self.needs_sync()
 
+    def rebuilt(self, members: Iterable[Member]) -> None:
+        """Take members that have been rebuilt for members in sync, if they have not failed."""
+        with self._state:
+            for member in members:
+                if member.state == REBUILDING:
+                    member.state = IN_SYNC
+                    member.recovery_offset = 0
+                    member.only_unsynced = False
+            if not self.degraded:
+                self.unsynced.clear()
+
     def keep(self) -> None:
         """Keep the state as it is.
 
@@ -307,8 +321,8 @@ class Array(ABC):
             member = self.members[index]
             if member.writable:
                 raise DeviceError(errno.EBUSY, f"{self.name}: member {index} is in use")
-            member.leg = None
-            member.state = MISSING
+            # Another object: requests that are under way have the old one, with its leg.
+            self.members[index] = Member(index, None)
             self.store.update(self)
 
     def add(self, index: int, leg: Leg, *, only_unsynced: bool = False) -> None:
@@ -326,11 +340,9 @@ class Array(ABC):
             member = self.members[index]
             if member.writable:
                 raise DeviceError(errno.EBUSY, f"{self.name}: place {index} is taken")
-            member.leg = leg
-            member.errors = 0
-            member.recovery_offset = 0
-            member.only_unsynced = only_unsynced
-            member.state = REBUILDING
+            added = Member(index, leg, state=REBUILDING, write_mostly=member.write_mostly)
+            added.only_unsynced = only_unsynced
+            self.members[index] = added
             self.store.update(self)
         self.event()
         self.needs_sync()
@@ -356,7 +368,9 @@ class Array(ABC):
         except OSError as error:
             if self.is_last(member):
                 raise
-            self.fail(member.index, f"write of {total(buffers)} bytes: {error.strerror or error}")
+            if self.members[member.index] is member:
+                reason = f"write of {total(buffers)} bytes: {error.strerror or error}"
+                self.fail(member.index, reason)
 
     def is_last(self, member: Member) -> bool:
         """Say whether a member is kept although it fails: nothing would be left without it."""
@@ -390,6 +404,8 @@ class Array(ABC):
 
     def begin_write(self, offset: int, length: int) -> None:
         """Keep that a piece is about to be written, durably, before it is.
+
+        The caller has the locks of the piece.
 
         Raises:
             OSError: it could not be kept.
@@ -430,25 +446,37 @@ class Array(ABC):
             # Whoever comes back has to be brought up to date with what is dirty.
             return
         limit = monotonic() - idle
-        old = {
+        old = [
             region
             for region, when in list(self._dirty.items())
-            if when <= limit and region not in self.unsynced
-        }
+            if when <= limit and region not in self.unsynced and region not in self.crashed
+        ]
         if not old:
             return
         # What is marked clean must be on the members.
         self.flush()
-        with self._state:
-            clean = [region for region in old if self._dirty.get(region, _NOW) <= limit]
-            for region in clean:
-                del self._dirty[region]
-            self.store.mark_clean(clean)
+        for region in old:
+            begin = region * self.region_size
+            first, last = self.lock_numbers(begin, min(begin + self.region_size, self.sync_size))
+            # Whoever writes has the locks from before he looks at the bit.
+            self.locks.take(first, last)
+            try:
+                if self._dirty[region] <= limit:
+                    del self._dirty[region]
+                    with self._state:
+                        self.store.mark_clean([region])
+            finally:
+                self.locks.give_back(first, last)
+
+    @abstractmethod
+    def lock_numbers(self, begin: int, end: int) -> tuple[int, int]:
+        """Say which locks (first, last) protect bytes of what is synced."""
 
     def all_synced(self) -> None:
         """Take note that all members agree everywhere: only what is being written is dirty."""
         with self._state:
             self.unsynced.clear()
+            self.crashed.clear()
             clean = [region for region in self.store.dirty_regions() if region not in self._dirty]
             self.store.mark_clean(clean)
 

@@ -7,7 +7,7 @@ raid10.c, the same.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -49,17 +49,19 @@ class CopiesArray(Array):
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
         """Read as Array.preadv() says."""
-        length = total(buffers)
-        pieces = self.geometry.copies(offset, length)
+        self.requests += 1
+        pieces = self.geometry.copies(offset, total(buffers))
+        # Those that are looked at are those that are read, whoever takes their places meanwhile.
+        members = tuple(self.members)
         runs = []
         for copies in pieces:
-            chosen = self._choose(copies, offset)
+            chosen = self._choose(copies, offset, members)
             if chosen is None:
                 self._lost(offset)
             runs.append(chosen)
         for index, place, views in by_leg(runs, buffers):
             try:
-                self.members[index].leg.preadv(views, place)
+                members[index].leg.preadv(views, place)
             except OSError:
                 # One by one, and from another copy where one fails.
                 self._read_again(pieces, buffers, offset)
@@ -67,13 +69,17 @@ class CopiesArray(Array):
 
     # The copy to read: one that is right, and not on a member that is mostly for writing.
     def _choose(
-        self, copies: list[tuple[int, int, int]], offset: int, besides: frozenset[int] = frozenset()
+        self,
+        copies: list[tuple[int, int, int]],
+        offset: int,
+        members: Sequence[Member],
+        besides: frozenset[int] = frozenset(),
     ) -> tuple[int, int, int] | None:
         second = None
         # Readers of different places are sent to different members, so that these share the work.
         turn = (offset >> 20) % len(copies)
         for run in copies[turn:] + copies[:turn]:
-            member = self.members[run[0]]
+            member = members[run[0]]
             if run[0] in besides or not member.readable(run[1] + run[2]):
                 continue
             if not member.write_mostly:
@@ -97,7 +103,7 @@ class CopiesArray(Array):
         self, copies: list[tuple[int, int, int]], views: list[memoryview], offset: int
     ) -> None:
         length = copies[0][2]
-        first, last = self._stripes(offset, length)
+        first, last = self.lock_numbers(offset, offset + length)
         self.locks.take(first, last)
         try:
             with scratch.scratch(length) as good:
@@ -119,10 +125,11 @@ class CopiesArray(Array):
         """Write as Array.pwritev() says."""
         self.refuse_if_failed(offset)
         length = total(buffers)
-        self.begin_write(offset, length)
-        first, last = self._stripes(offset, length)
+        self.requests += 1
+        first, last = self.lock_numbers(offset, offset + length)
         self.locks.take(first, last)
         try:
+            self.begin_write(offset, length)
             pieces = self.geometry.copies(offset, length)
             if len(pieces) == 1:
                 for index, place, _ in pieces[0]:
@@ -131,8 +138,8 @@ class CopiesArray(Array):
             else:
                 self._write_pieces(pieces, buffers, fua)
         finally:
-            self.locks.give_back(first, last)
             self.end_write(offset, length)
+            self.locks.give_back(first, last)
         self.refuse_if_failed(offset)
 
     # Write several pieces, all copies of them.
@@ -144,15 +151,16 @@ class CopiesArray(Array):
                 if self.members[index].writable:
                     self.write_member(self.members[index], views, place, fua=fua)
 
-    # The windows that a piece lies in.
-    def _stripes(self, offset: int, length: int) -> tuple[int, int]:
-        return offset // _WINDOW, (offset + length - 1) // _WINDOW
+    def lock_numbers(self, begin: int, end: int) -> tuple[int, int]:
+        """Say which windows bytes of the array lie in."""
+        return begin // _WINDOW, (end - 1) // _WINDOW
 
     def read_place(self, offset: int, length: int) -> tuple[Member, int] | None:
         """Say where a piece can be read as it is."""
         pieces = self.geometry.copies(offset, length)
-        run = self._choose(pieces[0], offset) if len(pieces) == 1 else None
-        return (self.members[run[0]], run[1]) if run is not None else None
+        members = tuple(self.members)
+        run = self._choose(pieces[0], offset, members) if len(pieces) == 1 else None
+        return (members[run[0]], run[1]) if run is not None else None
 
     # Sync
 
@@ -165,7 +173,7 @@ class CopiesArray(Array):
 
     def sync_window(self, action: str, begin: int, end: int) -> int:
         """Make the members agree on a window."""
-        first, last = self._stripes(begin, end - begin)
+        first, last = self.lock_numbers(begin, end)
         self.locks.take(first, last)
         try:
             with scratch.scratch(end - begin) as good, scratch.scratch(end - begin) as other:
@@ -195,17 +203,19 @@ class CopiesArray(Array):
         self, copies: list[tuple[int, int, int]], view: memoryview, offset: int
     ) -> tuple[int, int, int]:
         bad: list[tuple[int, int, int]] = []
+        members = tuple(self.members)
         while True:
-            run = self._choose(copies, offset, frozenset(index for index, _, _ in bad))
+            besides = frozenset(index for index, _, _ in bad)
+            run = self._choose(copies, offset, members, besides)
             if run is None:
                 self._lost(offset)
             try:
-                self.members[run[0]].leg.preadv([view], run[1])
+                members[run[0]].leg.preadv([view], run[1])
             except OSError:
                 bad.append(run)
                 continue
             for index, place, _ in bad:
-                self.corrected(self.members[index], [view], place)
+                self.corrected(members[index], [view], place)
             return run
 
     # Compare or write one copy of a piece.

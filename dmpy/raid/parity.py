@@ -55,6 +55,10 @@ class ParityArray(Array):
         """Bytes of what is synced."""
         return self.size // self._width * self._chunk
 
+    def lock_numbers(self, begin: int, end: int) -> tuple[int, int]:
+        """Say which stripes bytes of the members lie in."""
+        return begin // self._chunk, (end - 1) // self._chunk
+
     # The stripes that a piece of the array lies in.
     def _stripes(self, offset: int, length: int) -> tuple[int, int]:
         return offset // self._width, (offset + length - 1) // self._width
@@ -87,11 +91,14 @@ class ParityArray(Array):
 
     def preadv(self, buffers: Buffers, offset: int) -> None:
         """Read as Array.preadv() says."""
+        self.requests += 1
         runs = self._runs(offset, total(buffers))
-        if all(self.members[index].readable(place + size) for index, place, size in runs):
+        # Those that are looked at are those that are read, whoever takes their places meanwhile.
+        members = tuple(self.members)
+        if all(members[index].readable(place + size) for index, place, size in runs):
             try:
                 for index, place, views in by_leg(runs, buffers):
-                    self.members[index].leg.preadv(views, place)
+                    members[index].leg.preadv(views, place)
                 return
             except OSError:
                 pass  # chunk by chunk, where what cannot be read is computed
@@ -102,24 +109,25 @@ class ParityArray(Array):
 
     # Read a piece of one chunk, or compute it.
     def _read_chunk(self, index: int, place: int, views: list[memoryview], length: int) -> None:
-        member = self.members[index]
-        if member.readable(place + length):
-            try:
-                member.leg.preadv(views, place)
-                return
-            except OSError:
-                pass  # it is computed, and written anew
         stripe, low = divmod(place, self._chunk)
         self.locks.take(stripe, stripe)
         try:
+            member = self.members[index]
+            bad = False
+            if member.readable(place + length):
+                try:
+                    member.leg.preadv(views, place)
+                    return
+                except OSError:
+                    bad = True  # it is computed, and written anew
             with ExitStack() as stack:
-                chunks = self._load(stack, stripe, low, low + length, without={index})
+                chunks = self._load(stack, stripe, low, low + length, {index} if bad else set())
                 found = memoryview(chunks[index])
                 done = 0
                 for view in views:
                     view[:] = found[done : done + len(view)]
                     done += len(view)
-                if member.readable(place + length):
+                if bad:
                     self.corrected(member, [found], place)
         finally:
             self.locks.give_back(stripe, stripe)
@@ -129,18 +137,42 @@ class ParityArray(Array):
         self, stack: ExitStack, stripe: int, low: int, high: int, without: set[int]
     ) -> dict[int, np.ndarray]:
         layout = self.geometry.stripe(stripe)
-        length = high - low
         place = stripe * self._chunk + low
+        end = place + high - low
+        while True:
+            usable = self._usable(end)
+            try:
+                return self._load_from(stack, layout, place, end, usable, without)
+            except OSError:
+                # One may have been rebuilt and another have failed meanwhile.
+                if self._usable(end) == usable:
+                    raise
+
+    # The members that can be read up to a byte, at one moment.
+    def _usable(self, end: int) -> dict[int, Member]:
+        with self._state:
+            return {member.index: member for member in self.members if member.readable(end)}
+
+    # The same, from certain members.
+    def _load_from(
+        self,
+        stack: ExitStack,
+        layout: StripeMap,
+        place: int,
+        end: int,
+        usable: dict[int, Member],
+        without: set[int],
+    ) -> dict[int, np.ndarray]:
         chunks: dict[int, np.ndarray] = {}
         missing: dict[int, np.ndarray] = {}
-        everybody = [*layout.data, *(index for index in (layout.p, layout.q) if index is not None)]
-        for index in everybody:
-            view = stack.enter_context(scratch.scratch(length))
+        for index in (*layout.data, layout.p, layout.q):
+            if index is None:
+                continue
+            view = stack.enter_context(scratch.scratch(end - place))
             chunks[index] = _numbers(view)
-            member = self.members[index]
-            if index not in without and member.readable(place + length):
+            if index in usable and index not in without:
                 try:
-                    member.leg.preadv([view], place)
+                    usable[index].leg.preadv([view], place)
                     continue
                 except OSError:
                     pass  # it is computed
@@ -189,10 +221,11 @@ class ParityArray(Array):
         self.refuse_if_failed(offset)
         length = total(buffers)
         end = offset + length
-        self.begin_write(offset, length)
+        self.requests += 1
         first, last = self._stripes(offset, length)
         self.locks.take(first, last)
         try:
+            self.begin_write(offset, length)
             # Fast path: a small write to an array that lacks nothing.
             if first == last and len(buffers) == 1:
                 if self._write_in_chunk(offset, buffers[0], fua):
@@ -211,8 +244,8 @@ class ParityArray(Array):
                         runs += self._part_of_stripe(stack, stripe, begin, view)
                 self._write_runs(runs, fua)
         finally:
-            self.locks.give_back(first, last)
             self.end_write(offset, length)
+            self.locks.give_back(first, last)
         self.refuse_if_failed(offset)
 
     # Read-modify-write of a piece of one chunk, where that is the least work; says whether it was.
@@ -310,15 +343,16 @@ class ParityArray(Array):
         high = max(first + len(piece) for _, first, piece in pieces)
         place = stripe * size
         everybody = [*layout.data, layout.p, *([] if layout.q is None else [layout.q])]
-        if not all(self.members[index].readable(place + high) for index in everybody):
+        members = tuple(self.members)
+        if not all(members[index].readable(place + high) for index in everybody):
             return self._write_around_the_missing(stack, stripe, layout, pieces, low, high)
         whole = sum(first == low and first + len(piece) == high for _, first, piece in pieces)
         modify = len(pieces) + self.geometry.level.parity
         reconstruct = len(layout.data) - whole
         try:
             if modify < reconstruct:
-                return self._modify(stack, layout, pieces, place, low, high)
-            return self._reconstruct(stack, layout, pieces, place, low, high)
+                return self._modify(stack, members, layout, pieces, place, low, high)
+            return self._reconstruct(stack, members, layout, pieces, place, low, high)
         except OSError:
             # What could not be read is computed.
             return self._write_around_the_missing(stack, stripe, layout, pieces, low, high)
@@ -327,6 +361,7 @@ class ParityArray(Array):
     def _modify(
         self,
         stack: ExitStack,
+        members: tuple[Member, ...],
         layout: StripeMap,
         pieces: list[tuple[int, int, memoryview]],
         place: int,
@@ -337,14 +372,14 @@ class ParityArray(Array):
         for index in (layout.p, layout.q):
             if index is not None:
                 view = stack.enter_context(scratch.scratch(high - low))
-                self.members[index].leg.preadv([view], place + low)
+                members[index].leg.preadv([view], place + low)
                 parity.append((index, view, _numbers(view)))
         runs = []
         for number, first, piece in pieces:
             index = layout.data[number]
             length = len(piece)
             with scratch.scratch(length) as old_view:
-                self.members[index].leg.preadv([old_view], place + first)
+                members[index].leg.preadv([old_view], place + first)
                 old, new = _numbers(old_view), _numbers(piece)
                 within = slice(first - low, first - low + length)
                 xor_update(parity[0][2][within], old, new)
@@ -357,6 +392,7 @@ class ParityArray(Array):
     def _reconstruct(
         self,
         stack: ExitStack,
+        members: tuple[Member, ...],
         layout: StripeMap,
         pieces: list[tuple[int, int, memoryview]],
         place: int,
@@ -371,7 +407,7 @@ class ParityArray(Array):
                 chunks[index] = _numbers(piece)
                 continue
             view = stack.enter_context(scratch.scratch(high - low))
-            self.members[index].leg.preadv([view], place + low)
+            members[index].leg.preadv([view], place + low)
             if piece is not None:
                 view[first - low : first - low + len(piece)] = piece
             chunks[index] = _numbers(view)
@@ -410,7 +446,7 @@ class ParityArray(Array):
 
     def sync_window(self, action: str, begin: int, end: int) -> int:
         """Make the members agree on a window."""
-        first, last = begin // self._chunk, (end - 1) // self._chunk
+        first, last = self.lock_numbers(begin, end)
         self.locks.take(first, last)
         try:
             with ExitStack() as stack:

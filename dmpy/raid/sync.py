@@ -13,7 +13,7 @@ import logging
 import threading
 from time import monotonic
 
-from dmpy.raid.array import IN_SYNC, REBUILDING, Array
+from dmpy.raid.array import REBUILDING, Array, Member
 
 __all__ = ["ACTIONS", "Syncer"]
 
@@ -22,6 +22,8 @@ _log = logging.getLogger("dmpy.raid")
 # What a message may ask for.
 ACTIONS = ("idle", "frozen", "resync", "recover", "check", "repair")
 
+# SYNC_SPEED_MAX of the kernel, in bytes a second, here for an array in use.
+_RATE_IN_USE = 200_000 << 10
 # A checkpoint is kept after so many bytes, as md does at 1/16 of the array or so.
 _CHECKPOINT = 256 << 20
 # How long a region has to be idle to be marked clean, DEFAULT daemon_sleep.
@@ -33,7 +35,9 @@ class Syncer:
 
     Args:
         array: the array.
-        maximum_rate: bytes of each member a second, or 0 for no limit.
+        minimum_rate: bytes of each member a second that are done even while the array is in use.
+        maximum_rate: bytes of each member a second that are not exceeded; 0 for 200 MB while the
+            array is in use, and as much as can be while it is not.
         daemon_sleep: seconds after which idle regions are marked clean.
 
     Attributes:
@@ -42,14 +46,22 @@ class Syncer:
     """
 
     def __init__(
-        self, array: Array, *, maximum_rate: int = 0, daemon_sleep: float = _IDLE_SECONDS
+        self,
+        array: Array,
+        *,
+        minimum_rate: int = 0,
+        maximum_rate: int = 0,
+        daemon_sleep: float = _IDLE_SECONDS,
     ) -> None:
         self.array = array
+        self.minimum_rate = minimum_rate
         self.maximum_rate = maximum_rate
         self.daemon_sleep = daemon_sleep
         self.action = "idle"
         self.position = 0
         self._frozen = False
+        # Those that the recovery that is going on began with.
+        self._rebuilding: list[Member] = []
         self._asked: str | None = None
         self._interrupted = False
         self._stopping = False
@@ -141,7 +153,7 @@ class Syncer:
             return self._asked
         if self._spare_fits() or any(member.state == REBUILDING for member in array.members):
             return "recover"
-        if array.resync_offset is not None or (array.unsynced and not array.degraded):
+        if array.resync_offset is not None or (array.crashed and not array.degraded):
             return "resync"
         return None
 
@@ -168,18 +180,18 @@ class Syncer:
             array.mismatches = 0
         array.event()
         _log.info("%s: %s from byte %d", array.name, action, begin)
-        started, done, kept = monotonic(), 0, begin
+        kept = begin
         for first, last in array.sync_windows(begin):
             if self._interrupted or self._stopping:
                 self._keep(action, self.position)
                 return
+            started, requests = monotonic(), array.requests
             if self._needed(action, first, last):
                 found = array.sync_window(action, first, last)
                 if action in ("check", "repair"):
                     array.mismatches += found
-                done += last - first
                 self._advance(action, last)
-                self._rest(started, done)
+                self._rest(last - first, monotonic() - started, array.requests != requests)
             else:
                 self._advance(action, last)
             if last - kept >= _CHECKPOINT:
@@ -192,7 +204,8 @@ class Syncer:
     def _begin(self, action: str) -> int:
         array = self.array
         if action == "recover":
-            return min(m.recovery_offset for m in array.members if m.state == REBUILDING)
+            self._rebuilding = [m for m in array.members if m.state == REBUILDING]
+            return min((m.recovery_offset for m in self._rebuilding), default=0)
         if action == "resync":
             return array.resync_offset or 0
         return 0
@@ -204,19 +217,19 @@ class Syncer:
             return True
         if action == "resync" and array.resync_offset is not None:
             return True
-        rebuilding = [member for member in array.members if member.state == REBUILDING]
-        if action == "recover" and not all(member.only_unsynced for member in rebuilding):
+        if action == "recover" and not all(m.only_unsynced for m in self._rebuilding):
             return True
         regions = range(first // array.region_size, -(-last // array.region_size))
-        return any(region in array.unsynced for region in regions)
+        if action == "resync":
+            return any(region in array.crashed for region in regions)
+        return any(region in array.unsynced or region in array.crashed for region in regions)
 
     # A window is done.
     def _advance(self, action: str, position: int) -> None:
         self.position = position
         if action == "recover" and self.array.in_member_order:
-            for member in self.array.members:
-                if member.state == REBUILDING:
-                    member.recovery_offset = max(member.recovery_offset, position)
+            for member in self._rebuilding:
+                member.recovery_offset = max(member.recovery_offset, position)
 
     # Keep how far an action is, so that it can go on from there.
     def _keep(self, action: str, position: int) -> None:
@@ -227,15 +240,18 @@ class Syncer:
             array.flush()
             array.keep()
 
-    # Stay below the limit.
-    def _rest(self, started: float, done: int) -> None:
-        if not self.maximum_rate:
-            return
-        ahead = done / self.maximum_rate - (monotonic() - started)
-        if ahead > 0:
+    # Stay below the limit after a window that took some seconds; leave others time if there are any.
+    def _rest(self, done: int, took: float, busy: bool) -> None:
+        rate = self.maximum_rate or (_RATE_IN_USE if busy else 0)
+        rest = done / rate - took if rate else 0.0
+        if busy:
+            rest = max(rest, took)
+            if self.minimum_rate:
+                rest = min(rest, done / self.minimum_rate - took)
+        if rest > 0:
             with self._changed:
                 if not self._interrupted:
-                    self._changed.wait(min(ahead, 1.0))
+                    self._changed.wait(min(rest, 1.0))
 
     # An action has come to its end.
     def _finish(self, action: str) -> None:
@@ -243,15 +259,12 @@ class Syncer:
         if action in ("resync", "recover", "repair"):
             array.flush()
         if action == "recover":
-            for member in array.members:
-                if member.state == REBUILDING:
-                    member.state = IN_SYNC
-                    member.recovery_offset = 0
-                    member.only_unsynced = False
+            array.rebuilt(self._rebuilding)
         if action in ("resync", "repair"):
             array.resync_offset = None
+            array.crashed.clear()
         if action != "check":
-            if not array.degraded:
+            if not (array.degraded or array.unsynced or array.crashed):
                 array.all_synced()
             array.keep()
         _log.info("%s: %s is done, %d mismatches", array.name, action, array.mismatches)

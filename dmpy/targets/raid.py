@@ -261,6 +261,7 @@ class Raid(Target):
             numbers = self.params.numbers
             self.syncer = Syncer(
                 self.array,
+                minimum_rate=numbers.get("min_recovery_rate", 0) << 10,
                 maximum_rate=numbers.get("max_recovery_rate", 0) << 10,
                 daemon_sleep=numbers.get("daemon_sleep", 500) / 100,
             )
@@ -297,7 +298,8 @@ class Raid(Target):
             if self._found.freshest is None:
                 store.create(array)
             else:
-                array.unsynced = store.dirty_regions()
+                array.unsynced = store.dirty_regions() if array.degraded else set()
+                array.crashed = store.dirty_regions()
                 self._note_who_returns(array, store)
                 store.update(array)
         return array
@@ -413,9 +415,11 @@ class Raid(Target):
         return self._running().extents(offset, length)
 
     def read_spot(self, offset: int, length: int) -> tuple[int, int]:
-        found = self.array.read_place(offset, length) if self.array is not None else None
+        array = self.array
+        found = array.read_place(offset, length) if array is not None else None
         if found is None:
             return -1, 0
+        array.requests += 1
         member, place = found
         segment = member.leg.segment
         return (segment.fd, place + segment.skew) if segment.fd >= 0 else (-1, 0)

@@ -234,3 +234,37 @@ def test_full_stripes_read_nothing_and_small_writes_read_little(word):
     before = sum(disk.calls["read"] for disk in raid.disks)
     raid.write(0, bytes(width - CHUNK))
     assert sum(disk.calls["read"] for disk in raid.disks) == before + 1
+
+
+def test_a_member_that_is_added_during_a_recovery_is_rebuilt_whole():
+    raid = Set("raid6_zr", 5, {})
+    rng = random.Random(8)
+    some_writes(raid, rng)
+    array = raid.array
+    for place in (0, 1):
+        array.fail(place)
+        array.remove(place)
+        raid.disks[place] = FaultyDevice(open_leaf(f"mem:{raid.disks[place].size}"))
+        raid.disks[place].pwritev([memoryview(b"\xa5" * raid.disks[place].size)], 0)
+    array.add(0, Leg(raid.disks[0], 0, raid.disks[0].size))
+    window = array.sync_window
+    windows = array.sync_windows
+
+    def add_another(action, begin, end):
+        if begin and array.members[1].leg is None:
+            array.add(1, Leg(raid.disks[1], 0, raid.disks[1].size))
+        return window(action, begin, end)
+
+    array.sync_windows = lambda begin: (
+        (place, place + CHUNK) for place in range(begin, array.sync_size, CHUNK)
+    )
+    array.sync_window = add_another
+    raid.sync("recover")
+    assert [member.state for member in array.members[:2]] == [IN_SYNC, REBUILDING]
+    raid.check()
+    array.sync_windows, array.sync_window = windows, window
+    raid.sync("recover")
+    assert array.degraded == 0
+    array.fail(2)
+    array.fail(3)
+    raid.check()
