@@ -35,8 +35,14 @@ _POLL_EVERY = 0.005
 _READ_UNIT = 4096
 # A rebuild that was asked for begins within this.
 _BEGINS_WITHIN = 5.0
+# What a message began is there, or over, within this.
+_SHOWS_WITHIN = 0.2
 # After the last step the array is given this long to come to rest.
 _SETTLES_WITHIN = 10.0
+# This part of all requests, at least, comes after the last step.
+_AFTERWARDS = 10
+# A request that takes longer at the end is one that the array holds back.
+_FINISH_WITHIN = 5.0
 
 Listener = Callable[[Event], None]
 
@@ -133,13 +139,15 @@ class Lab:
         try:
             for name, text in self._tables.items():
                 mapper.create(name, text, cwd="/")
+            # From here on it can be looked at: a rebuild does not wait for the server.
+            self._mapper = mapper
             if self._scenario.workload.over == "nbd":
                 self._served = serve(mapper)
         except (TableError, OSError) as error:
+            self._mapper = None
             self._tell("array", f"refused: {_sentence(error)}")
             _close(mapper)
             return
-        self._mapper = mapper
         if self._clients is None:
             top = mapper.device(self._top)
             self._size = top.size
@@ -156,16 +164,19 @@ class Lab:
             raise ConnectionError("there is no array")
         return DirectClient(mapper.device(self._top))
 
-    # Take everything down; whatever that says is of no use to anybody after a power cut.
-    def _stop(self) -> None:
+    # Take everything down. In order: the server first, which lets clients finish. Otherwise the
+    # devices first, so that requests which they hold back fail.
+    def _stop(self, *, in_order: bool = True) -> None:
         mapper, served = self._mapper, self._served
         self._mapper = self._served = None
-        if served is not None:
+        if served is not None and in_order:
             served.close()
-        if mapper is not None:
-            error = _close(mapper)
-            if error is not None and not self._plug.off:
-                self._tell("array", f"at the end: {error.strerror or error}")
+        error = None if mapper is None else _close(mapper)
+        if served is not None and not in_order:
+            served.close()
+        # Whatever it says is of no use to anybody after a power cut.
+        if error is not None and not self._plug.off:
+            self._tell("array", f"at the end: {error.strerror or error}")
 
     def _end(self, over: threading.Event, sampler: threading.Thread) -> None:
         record = self._record
@@ -178,7 +189,10 @@ class Lab:
             sampler.join(5)
         if self._clients is not None:
             clients = self._clients
-            clients.stop(5)
+            if not clients.pause(_FINISH_WITHIN):
+                record.broken = record.broken or "a client still waits for its answer"
+                self._stop(in_order=False)
+            clients.stop()
             record.requests, record.errors = clients.answered, clients.errors
             if clients.crash is not None:
                 record.broken = record.broken or f"a client crashed: {clients.crash!r}"
@@ -273,7 +287,7 @@ class Lab:
         self._plug.pull()
         self._did(step, "power cut")
         self._keep = step.arguments.get("keep", "some")
-        self._stop()
+        self._stop(in_order=False)
         if not self._clients.pause():
             raise _Broken("a client still waits for its answer after the power was cut")
         self._model.power_cut()
@@ -289,6 +303,11 @@ class Lab:
         self._start(**step.arguments)
         if self._mapper is not None:
             self._clients.go_on()
+
+    def _do_stop(self, step: Step) -> None:
+        self._did(step, "stop")
+        self._pause()
+        self._stop()
 
     def _do_restart(self, step: Step) -> None:
         self._did(step, "restart")
@@ -311,6 +330,10 @@ class Lab:
         name = step.arguments.get("device", self._top)
         reply = self._there().message(name, step.arguments.get("sector", 0), step.arguments["text"])
         self._did(step, f"message {step.arguments['text']}{': ' if reply else ''}{reply}")
+        # What it began shows in the status a moment later.
+        end = time.monotonic() + _SHOWS_WITHIN
+        while not self._observation().busy and time.monotonic() < end:
+            time.sleep(_POLL_EVERY / 5)
 
     def _do_pause(self, step: Step) -> None:
         self._pause()
@@ -327,7 +350,12 @@ class Lab:
         self._clients.go_on()
 
     def _do_wait(self, step: Step) -> None:
-        """The waiting was all."""
+        wanted = step.arguments.get("mismatches")
+        found = self._observation().mismatches
+        if wanted and bool(found) != (wanted == "some"):
+            raise ValueError(f"{found} sectors do not match (expected {wanted})")
+        if wanted:
+            self._did(step, f"{found} sectors do not match")
 
     def _pause(self) -> None:
         if not self._clients.pause(self._scenario.timeout):
@@ -340,9 +368,12 @@ class Lab:
 
     # The end
 
+    # The clients go on after the last step for a while, so that what it did meets requests.
     def _finish_workload(self) -> None:
-        while self._mapper is not None:
-            if self._clients.answered >= self._scenario.workload.requests:
+        requests = self._scenario.workload.requests
+        goal = max(requests, self._clients.answered + requests // _AFTERWARDS)
+        while self._mapper is not None and self._clients.working:
+            if self._clients.answered >= goal:
                 break
             self._check_time("gave up waiting for the clients")
             time.sleep(_POLL_EVERY)

@@ -22,6 +22,9 @@ from dmpy.testing.faulty import OPS
 
 __all__ = ["LabLeg", "Plug"]
 
+# From so many ways to lose power one is chosen; each takes a copy of all legs.
+_CRASHES = 8
+
 
 class LabLeg(BlockDevice):
     """A disk of the lab: passes calls on to its medium as long as nothing is wrong with it.
@@ -191,18 +194,21 @@ class Plug:
 
         Args:
             seed: of the choice.
-            keep: what stays of the writes that were not flushed: "all", "none", or "some" with
-                any of them torn.
+            keep: what stays of the writes that were not flushed: "all", "none", "torn" for any
+                sectors of them, or "some" for anything between none and all.
 
         Returns:
             What became of them, in words.
         """
         story = "no leg has a volatile cache"
         if self.volatile:
-            # The first two crashes are "none" and "all" of the writes; then come the partial ones.
-            crashes = list(self._power.crashes(self._position, seed=seed, limit=24))
-            chosen = {"none": 0, "all": min(1, len(crashes) - 1)}.get(keep)
-            crash = crashes[seed % len(crashes) if chosen is None else chosen]
+            # In the order of crashes(): none of the writes, all, all but one, one alone, torn ones.
+            wanted = {"none": 0, "all": 1, "torn": 4 + seed % (_CRASHES - 4)}.get(
+                keep, 2 + seed % (_CRASHES - 2))
+            ways = self._power.crashes(self._position, seed=seed, limit=_CRASHES)
+            for number, crash in enumerate(ways):
+                if number == wanted:
+                    break
             story = crash.story
             if len(story) > 80:
                 story = f"{story[:77]}..."

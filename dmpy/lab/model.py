@@ -97,7 +97,8 @@ class Model:
         self._more: dict[int, set[int]] = {}
         # Sectors that were written since the last flush: what may be there after a cut.
         self._floor: dict[int, set[int]] = {}
-        # When the last write of a sector was acknowledged, by a clock that counts those.
+        # When a sector's content became certain: its last write was acknowledged, or a read has
+        # pinned it; by a clock that counts those.
         self._ended: dict[int, int] = {}
         self._clock = 0
         # Protects everything above; nothing is called while it is held.
@@ -191,6 +192,8 @@ class Model:
     def _pin(self, place: int, number: int) -> None:
         self._more.pop(place, None)
         self._now[place] = number
+        self._clock += 1
+        self._ended[place] = self._clock
 
     def _damage(self, place: int, kind: str, found: str, allowed: set[int]) -> None:
         self.counts[kind] += 1

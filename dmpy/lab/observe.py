@@ -15,6 +15,8 @@ __all__ = ["READERS", "Observation", "observe"]
 
 # How many members a level of `raid` may lose; raid10 is looked at copy by copy.
 _STANDS = {"raid0": 0, "raid4": 1, "raid5": 1, "raid6": 2}
+# Their progress says nothing of how equal the members are.
+_SCRUBS = ("check", "repair")
 _WORDS = {"A": "in_sync", "a": "rebuilding"}
 
 
@@ -55,7 +57,9 @@ class Observation:
             return "failed"
         if self.incomplete or any(state != "in_sync" for state in self.legs.values()):
             return "degraded"
-        return "syncing" if self.done < self.total else "optimal"
+        if self.action in _SCRUBS:
+            return "optimal"
+        return "syncing" if self.busy else "optimal"
 
     def is_it(self, word: str) -> bool:
         """Whether a word of a step's `when` holds."""

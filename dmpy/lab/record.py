@@ -89,14 +89,17 @@ class Record:
         """When the array was degraded or worse: (from, to) in seconds."""
         periods: list[tuple[float, float]] = []
         since: float | None = None
-        for sample in self.samples:
-            if sample.state in ("degraded", "failed"):
-                since = sample.time if since is None else since
+        # Events come from every look at the array, samples only from some.
+        for event in self.events:
+            if event.kind != "array" or not event.text.startswith("array "):
+                continue
+            if event.text in ("array degraded", "array failed"):
+                since = event.time if since is None else since
             elif since is not None:
-                periods.append((since, sample.time))
+                periods.append((since, event.time))
                 since = None
         if since is not None:
-            periods.append((since, self.seconds))
+            periods.append((since, max(since, self.seconds)))
         return periods
 
     @property

@@ -37,6 +37,8 @@ _MOST_LEGS = 26
 _SMALLEST_LEG, _LARGEST_LEG = 64 << 10, 1 << 30
 _MOST_VARIANTS = 200
 _LONGEST = 600.0
+# What is longer than this, a table say, is not part of a variant's title.
+_LONGEST_WORD = 24
 
 
 class ScenarioError(ValueError):
@@ -175,15 +177,16 @@ VERBS: dict[str, tuple[bool, dict[str, Any]]] = {
     "errors": (True, {"offset": "size", "length": "size", "ops": list, "count": int}),
     "corrupt": (True, {"offset": "size", "length": "size"}),
     "slow": (True, {"delay": float}),
-    "cut-power": (False, {"keep": ("some", "all", "none")}),
+    "cut-power": (False, {"keep": ("some", "all", "none", "torn")}),
     "start": (False, {"table": str, "device": str}),
+    "stop": (False, {}),
     "restart": (False, {"table": str, "device": str}),
     "load": (False, {"table": str, "device": str}),
     "message": (False, {"text": str, "device": str, "sector": int}),
     "pause": (False, {}),
     "go-on": (False, {}),
     "verify": (False, {}),
-    "wait": (False, {}),
+    "wait": (False, {"mismatches": ("some", "none")}),
 }
 _NEEDED = {
     "errors": {"offset", "length"}, "corrupt": {"offset", "length"}, "slow": {"delay"},
@@ -268,9 +271,6 @@ def parse(text: str, name: str = "scenario", *, where: str | None = None) -> Sce
     timeout = _between(values.get("timeout", 60.0), 0.1, _LONGEST, f"{where}: timeout")
     legs = _legs(values["legs"], f"{where}: legs")
     workload = _workload(values.get("workload", {}), f"{where}: workload")
-    expect = _fields(values.get("expect", {}), _EXPECT, f"{where}: expect")
-    if "actions" in expect:
-        expect["actions"] = tuple(map(str, expect["actions"]))
     variants = []
     for title, choice in _choices(values.get("sweep", {}), legs, f"{where}: sweep"):
         devices = tuple(
@@ -281,7 +281,8 @@ def parse(text: str, name: str = "scenario", *, where: str | None = None) -> Sce
             _step(entry, choice, legs, f"{where}: step {number}")
             for number, entry in enumerate(values.get("step", []), 1)
         )
-        variants.append(Variant(title, devices, steps, Expectation(**expect)))
+        expect = _expectation(values.get("expect", {}), choice, f"{where}: expect")
+        variants.append(Variant(title, devices, steps, expect))
     if not variants[0].devices:
         raise ScenarioError(f"{where}: device is missing")
     cuts = any(step.do == "cut-power" for variant in variants for step in variant.steps)
@@ -384,19 +385,30 @@ def _choices(tree: Any, legs: Mapping[str, int], where: str) -> list[tuple[str, 
             values = _sets_of_legs(_fields(value, {"of": list, "count": int}, f"{where}: {key}"),
                                    legs, f"{where}: {key}")
         elif isinstance(value, list) and value:
-            values = [tuple(_known_leg(name, legs, f"{where}: {key}") for name in one)
-                      if isinstance(one, list) else str(one) for one in value]
+            values = [_choice(one, legs, f"{where}: {key}") for one in value]
         else:
             raise ScenarioError(f"{where}: {key} must be a list, or a table of `of` and `count`")
-        axes.append([(key, one) for one in values])
+        # A table in the list chooses several things at once.
+        axes.append([one if isinstance(one, dict) else {key: one} for one in values])
     choices = []
     for picked in itertools.product(*axes):
-        title = ", ".join(
-            f"{key} {' '.join(one) if isinstance(one, tuple) else one}" for key, one in picked)
-        choices.append((title, dict(picked)))
+        chosen = {key: one for part in picked for key, one in part.items()}
+        words = {key: " ".join(one) if isinstance(one, tuple) else one
+                 for key, one in chosen.items()}
+        title = ", ".join(f"{key} {one}" for key, one in words.items() if len(one) <= _LONGEST_WORD)
+        choices.append((title, chosen))
     if len(choices) > _MOST_VARIANTS:
         raise ScenarioError(f"{where}: {len(choices)} variants (at most {_MOST_VARIANTS})")
     return choices
+
+
+# A word, a set of legs, or several of these by name.
+def _choice(value: Any, legs: Mapping[str, int], where: str) -> Any:
+    if isinstance(value, list):
+        return tuple(_known_leg(name, legs, where) for name in value)
+    if isinstance(value, dict):
+        return {key: _choice(one, legs, where) for key, one in value.items()}
+    return str(value)
 
 
 def _sets_of_legs(
@@ -434,6 +446,16 @@ def _device(tree: Any, choice: Mapping[str, Any], where: str) -> tuple[str, str]
         if not values.get(key):
             raise ScenarioError(f"{where}: {key} is missing")
     return values["name"], _filled(values["table"], choice, f"{where}: table").strip()
+
+
+def _expectation(tree: Any, choice: Mapping[str, Any], where: str) -> Expectation:
+    if isinstance(tree, dict):
+        tree = {key: _filled(value, choice, f"{where}: {key}") if isinstance(value, str) else value
+                for key, value in tree.items()}
+    values = _fields(tree, _EXPECT, where)
+    if "actions" in values:
+        values["actions"] = tuple(map(str, values["actions"]))
+    return Expectation(**values)
 
 
 def _step(

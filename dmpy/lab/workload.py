@@ -173,6 +173,11 @@ class Clients:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def working(self) -> bool:
+        """Whether the clients work, or have yet to notice that they should not."""
+        return not self._paused and self._alive > 0
+
     def go_on(self) -> None:
         """Let the clients work, over fresh connections."""
         with self._changed:
@@ -226,7 +231,8 @@ class Clients:
         pace = self._workload.clients / self._workload.rate if self._workload.rate else 0.0
         due = time.monotonic()
         try:
-            count = 0
+            # Not all clients flush at once.
+            count = number * self._workload.flush_every // self._workload.clients
             while not (self._paused or self._stopped):
                 count += 1
                 every = self._workload.flush_every

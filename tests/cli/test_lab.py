@@ -16,7 +16,8 @@ name = "s"
 table = "0 1024 striped 2 8 a 0 b 0"
 [workload]
 over = "direct"
-requests = 60
+requests = 100
+rate = 1000
 [[step]]
 do = "fail"
 leg = "b"

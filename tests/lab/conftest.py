@@ -104,6 +104,7 @@ table = "0 512 labmirror {flaw} a 0 b 0"
 [workload]
 over = "direct"
 requests = {requests}
+rate = 1500
 {workload}
 """
 

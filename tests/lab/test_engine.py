@@ -127,13 +127,13 @@ def test_bytes_that_rot_are_found(lab):
         [[step]]
         do = "corrupt"
         leg = "a"
-        offset = "8K"
+        offset = "192K"
         length = "512"
         after = 100
-    """, workload="reads = 0.0")
+    """, workload="area = 0.5")
     assert not record.ok
     assert record.counts["wrong"] == 1
-    assert record.damages[0].sector == 16
+    assert record.damages[0].sector == 384
 
 
 def test_a_slow_leg_slows_the_clients(lab):

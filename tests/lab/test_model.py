@@ -93,6 +93,15 @@ def test_a_write_that_ends_while_a_flush_runs_is_not_certain(model):
     assert model.check(0, np.zeros(512, np.uint8)) == 0
 
 
+def test_a_flush_after_a_read_makes_what_was_read_certain(model):
+    first = write(model, 0)
+    second = model.write_begins(0, 1)
+    assert is_right(model, 0, second)
+    flush(model)
+    model.power_cut()
+    assert not is_right(model, 0, first)
+
+
 def test_a_durable_write_is_certain_by_itself(model):
     write(model, 0)
     last = write(model, 0, fua=True)

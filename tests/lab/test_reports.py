@@ -34,7 +34,8 @@ def record():
     ]
     record.events = [
         Event(0.3, "step", "leg b fails <b>", ("b",)), Event(0.4, "array", "array degraded"),
-        Event(0.55, "array", "action recover"), Event(0.6, "client", "write failed: no & never"),
+        Event(0.55, "array", "action recover"),
+        Event(0.9, "array", "array optimal"), Event(0.6, "client", "write failed: no & never"),
     ]
     return record
 

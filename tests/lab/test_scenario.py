@@ -115,7 +115,7 @@ def test_what_is_wrong_is_one_sentence(text, sentence):
      ", errors: ops must be out of read, write, "),
     ("do = 'errors'\nleg = 'a'\noffset = 0\nlength = 1\ncount = 7",
      ", errors: count must be 1, or left out for ever (got 7)"),
-    ("do = 'cut-power'\nkeep = 'half'", ", cut-power: keep must be one of some, all, none"),
+    ("do = 'cut-power'\nkeep = 'half'", ", cut-power: keep must be one of some, all, none, torn"),
     ("do = 'pause'\nleg = 'a'", ", pause: leg is unknown"),
 ])
 def test_what_is_wrong_with_a_step_is_one_sentence(line, sentence):
