@@ -53,6 +53,7 @@ class Params:
         write_mostly: places that are read only when nothing else can be.
         numbers: value by name.
         raid10_format: near, far or offset, or None.
+        near_sets: copies of raid10_format far and offset rotate among all devices.
     """
 
     def __init__(self) -> None:
@@ -61,6 +62,7 @@ class Params:
         self.write_mostly: list[int] = []
         self.numbers: dict[str, int] = {}
         self.raid10_format: str | None = None
+        self.near_sets = False
 
     def words(self) -> list[str]:
         """Return the parameters in the order in which the kernel prints them."""
@@ -73,6 +75,8 @@ class Params:
             words += self._number(name)
         if self.raid10_format is not None:
             words.append(f"raid10_format {self.raid10_format}")
+        if self.near_sets:
+            words.append("raid10_use_near_sets")
         return words
 
     def _number(self, name: str) -> list[str]:
@@ -481,6 +485,12 @@ def _parse_param(args: Args, type_word: str, params: Params) -> int:
             args.fail(f"{name} is given twice", name)
         params.flags.append(name)
         return 1
+    if name == "raid10_use_near_sets":
+        _only_for(args, name, type_word, "raid10")
+        if params.near_sets:
+            args.fail(f"{name} is given twice", name)
+        params.near_sets = True
+        return 1
     if name in ("rebuild", "write_mostly"):
         if name == "write_mostly" and type_word != "raid1":
             args.fail("write_mostly is for raid1 only", name)
@@ -555,7 +565,10 @@ def _geometry(
         copies = params.numbers.get("raid10_copies", 2)
         member_sectors, left = divmod(sectors * copies, devices)
         kind = params.raid10_format or "near"
-        options = {"near": copies} if kind == "near" else {"far": copies, "far_sets": 2}
+        if kind == "near" and params.near_sets:
+            args.fail("raid10_use_near_sets is for far and offset only", "raid10_use_near_sets")
+        far_sets = 0 if params.near_sets else 2
+        options = {"near": copies} if kind == "near" else {"far": copies, "far_sets": far_sets}
         options["far_offset"] = kind == "offset"
     else:
         member_sectors, left = divmod(sectors, devices - level.parity)
