@@ -22,6 +22,7 @@ import getopt
 import logging
 import os
 import re
+import resource
 import signal
 import socket
 import stat
@@ -55,6 +56,9 @@ _log = logging.getLogger("dmpy.nbd")
 _GRACE = 0.2
 _ANSWER_TIME = 2.0
 _LAST_TIME = 20.0
+
+# As many devices as there are minor numbers, of a file each.
+_MOST_FILES = 1 << 20
 
 # More exports than this make nbdkit answer a listing with an error.
 _MOST_LISTED = 10_000
@@ -397,6 +401,16 @@ def _outlive_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
 
 
+# Each file under a device and each client takes a descriptor, and 1,024 is what most systems give a
+# process that does not ask for more. (nbdkit writes a line for every attempt to accept a client
+# that it has no descriptor for, without a pause.)
+def _allow_many_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 # Whether a client that hangs up ends a server with several threads a connection ("raw_send_socket:
 # Assertion `sock >= 0' failed"). nbdkit commit 9d82aa4f (in 1.33.10) ended that.
 def _hangups_are_fatal() -> bool:
@@ -582,6 +596,7 @@ class _Server:
 
     def get_ready(self) -> None:
         _start_log(self.level)
+        _allow_many_files()
         # No thread lives through the fork that is to come.
         background.defer()
         try:

@@ -258,6 +258,20 @@ def test_a_server_outlives_the_program_that_started_it(folder):
             os.kill(pid, signal.SIGKILL)
 
 
+def test_a_server_may_open_as_many_files_as_the_system_lets_it(folder):
+    """With the usual limit of 1,024 a thousandth device of its own file was refused."""
+    needs.nbdkit_plugin("python")
+    command = (
+        f"ulimit -Sn 256; ulimit -Hn; nbdkit -U {folder}/s python {ODD_DEVICES} "
+        "--run 'grep \"Max open files\" /proc/$PPID/limits'"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=30, check=True
+    )
+    hard, *limits = done.stdout.split()
+    assert limits[3] == hard, done
+
+
 def test_a_signal_at_the_end_of_the_parent_is_called_off():
     get, set_ = 2, 1
     script = (
