@@ -44,6 +44,7 @@ VERBS = {
     "run": ("run", "Serve a table for the time that a command runs."),
     "serve": ("server", "Run the server in the foreground."),
     "shutdown": ("server", "Stop the server, everything flushed."),
+    "md": ("md", "Make, assemble and mend arrays of Linux MD."),
     "lab": ("lab", "Break an array under load and see whether it holds."),
     "doctor": ("doctor", "Say what this machine lacks, and how to get it."),
     "rpc": ("server", "Call a method of the server as it is."),

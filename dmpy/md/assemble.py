@@ -242,11 +242,13 @@ def _sort(
             left_out.append(LeftOut(disk, "it was to replace a member and is not complete"))
         elif disk.role == SPARE:
             spares.append(disk)
-        elif role == FAULTY or (role == SPARE and isinstance(disk.role, int)):
+        elif role == FAULTY:
             left_out.append(LeftOut(disk, f"it has failed, as {newest.name} knows"))
         elif disk.events + _MARGIN < newest.events:
             behind = f"it is stale ({disk.events} events, {newest.name} has {newest.events})"
             left_out.append(LeftOut(disk, behind))
+        elif role == SPARE:
+            left_out.append(LeftOut(disk, f"it is no member any more, as {newest.name} knows"))
         elif not isinstance(role, int) or role >= len(slots):
             left_out.append(LeftOut(disk, f"the array has no place {role}"))
         elif slots[role] is not None:

@@ -87,6 +87,14 @@ class MDStore(Store):
         if disk is not None:
             self._numbers.pop(id(disk), None)
 
+    def alias(self, leg: object, known: Leg) -> None:
+        """Take a leg for another one, whose disk it stands for."""
+        self._disks[id(leg)] = self._disks[id(known)]
+
+    def forget(self, leg: object) -> None:
+        """Undo alias()."""
+        self._disks.pop(id(leg), None)
+
     def disk_of(self, leg: Leg | None) -> Disk | None:
         """Return the disk behind a leg."""
         return self._disks.get(id(leg)) if leg is not None else None
@@ -114,7 +122,8 @@ class MDStore(Store):
             OSError: EIO, there is no member left to write to.
         """
         self._array = array
-        if self._crashed and not (array.unsynced or array.degraded or array.resync_offset):
+        waits = array.unsynced or array.crashed or array.degraded or array.resync_offset
+        if self._crashed and not waits:
             # What a crash may have left is mended.
             self._crashed = False
         while True:
@@ -351,7 +360,8 @@ class MDStore(Store):
             array.resync_offset = None
         if self._bits is not None:
             if self._crashed or array.degraded:
-                array.unsynced = self.dirty_regions()
+                array.unsynced = self.dirty_regions() if array.degraded else set()
+                array.crashed = self.dirty_regions() if self._crashed else set()
             else:
                 self.update(array)
                 self.mark_clean(self.dirty_regions())
@@ -367,8 +377,11 @@ class MDStore(Store):
         if array.failed:
             return
         array.flush()
+        with array._state:
+            # Nobody writes now: whoever writes next has to say so anew.
+            array._dirty.clear()
         if not array.degraded and not self._crashed and self._bits is not None:
-            self.mark_clean(self.dirty_regions() - array.unsynced)
+            self.mark_clean(self.dirty_regions() - array.unsynced - array.crashed)
         self._regions.clear()
         if self._active and not self._crashed:
             self._active = False

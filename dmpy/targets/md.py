@@ -20,9 +20,10 @@ from dmpy.device import Buffers, Extent
 from dmpy.errors import DeviceError, FormatError
 from dmpy.md.assemble import Assembly, assemble
 from dmpy.md.bad_blocks import CarefulLeg
-from dmpy.md.create import joining_disk, layout_name, what_is_there
+from dmpy.md.create import geometry_of, joining_disk, layout_name, what_is_there
 from dmpy.md.disk import Disk, open_disk
 from dmpy.md.store import MDStore
+from dmpy.md.twin import TwinLeg
 from dmpy.raid import make_array
 from dmpy.raid.array import FAULTY, IN_SYNC, MISSING, REBUILDING, Array, Member, NoStore
 from dmpy.raid.sync import ACTIONS, Syncer
@@ -34,7 +35,7 @@ __all__ = ["MD"]
 # MD_SB_DISKS for 0.90; roles of 1.x fill a page.
 _MOST_DEVICES = 1920
 _FOR_DISKS = ("fail", "remove", "add", "re-add")
-_MESSAGES = (*ACTIONS, *_FOR_DISKS, "grow", "detail")
+_MESSAGES = (*ACTIONS, *_FOR_DISKS, "replace", "grow", "detail")
 
 
 class MD(Target):
@@ -59,6 +60,9 @@ class MD(Target):
         self.assembly: Assembly | None = None
         self._store: MDStore | None = None
         self._job: background.Job | None = None
+        # The member and the device that are to be copied, data legs both, and who does it.
+        self._wanted_copy: tuple[Leg, Leg] | None = None
+        self._copying: background.Job | None = None
         # The disk that a device is, and where its data is, once the array is in use.
         self._disks: dict[int, Disk] = {}
         self._data: dict[int, Leg] = {}
@@ -164,7 +168,7 @@ class MD(Target):
     def _role_words(self, leg: Leg) -> tuple[str, str]:
         data = self._data.get(id(leg))
         for member in self.array.members:
-            if data is not None and member.leg is data:
+            if data is not None and _leg_of(member) is data:
                 return str(member.index), {IN_SYNC: "A", REBUILDING: "R"}.get(member.state, "F")
         return ("-", "S") if data in self.array.spares and data is not None else ("-", "-")
 
@@ -202,6 +206,8 @@ class MD(Target):
             "degraded": array.degraded,
             "health": "".join(_health(member) for member in array.members),
             "action": self.syncer.action,
+            "due": self._is_due(),
+            "replacing": self._replacing(),
             "done": done,
             "total": total,
             "mismatches": array.mismatches,
@@ -213,6 +219,23 @@ class MD(Target):
             },
             "devices": devices,
         }
+
+    # Whether there is something to do that has not begun yet.
+    def _is_due(self) -> bool:
+        return self._job is not None and not self.syncer.wait_idle(0)
+
+    # How far the copy of a member to another device is.
+    def _replacing(self) -> dict | None:
+        for member in self.array.members:
+            if isinstance(member.leg, TwinLeg):
+                twin = member.leg
+                return {
+                    "place": member.index,
+                    "device": twin.copy.device.table_name,
+                    "done": twin.done,
+                    "total": twin.length,
+                }
+        return None
 
     # Messages
 
@@ -243,8 +266,10 @@ class MD(Target):
                 self._add(leg, force=bool(rest[1:]))
             else:
                 {"fail": self._fail, "remove": self._remove, "re-add": self._re_add}[verb](leg)
+        elif verb == "replace" and len(rest) == 2:
+            self._replace(self._find(rest[0]), self._find(rest[1]))
         elif verb == "grow" and len(rest) == 2:
-            self._grow(*rest)
+            return self._grow(*rest)
         else:
             raise DeviceError(errno.EINVAL, f"md: {verb} takes other words (got {len(rest)})")
         return ""
@@ -269,7 +294,7 @@ class MD(Target):
     # The member that a device is, or None.
     def _member(self, leg: Leg) -> Member | None:
         data = self._data.get(id(leg))
-        found = [m for m in self.array.members if data is not None and m.leg is data]
+        found = [m for m in self.array.members if data is not None and _leg_of(m) is data]
         return found[0] if found else None
 
     def _fail(self, leg: Leg) -> None:
@@ -365,8 +390,59 @@ class MD(Target):
             self.array.remove(place.role)
         self.array.add(place.role, data, only_unsynced=True)
 
+    # Have a member copied to a spare, from the next resume on: then no write is under way that
+    # would miss the copy.
+    def _replace(self, old: Leg, new: Leg) -> None:
+        member = self._member(old)
+        data = self._data.get(id(new))
+        if member is None or member.state != IN_SYNC:
+            raise DeviceError(errno.EINVAL, f"md: {old.device.name} is no member in sync")
+        if data is None or data not in self.array.spares:
+            raise DeviceError(errno.EINVAL, f"md: {new.device.name} is no spare")
+        if self._wanted_copy is not None:
+            raise DeviceError(errno.EBUSY, "md: a member is being replaced already")
+        self._wanted_copy = (_leg_of(member), data)
+
+    # Begin to copy; nothing is being read or written.
+    def _begin_copy(self) -> None:
+        old, new = self._wanted_copy
+        members = [m for m in self.array.members if m.leg is old and m.state == IN_SYNC]
+        if not members or new not in self.array.spares:
+            self._wanted_copy = None
+            return
+        member, twin = members[0], TwinLeg(old, new)
+        self.array.spares.remove(new)
+        self._store.alias(twin, old)
+        member.leg = twin
+        self._copying = background.start(
+            lambda job: self._copy(job, member, twin), f"replace {self.uuid}"
+        )
+
+    # The thread that copies.
+    def _copy(self, job: background.Job, member: Member, twin: TwinLeg) -> None:
+        complete = twin.run(job, lambda: member.leg is twin and member.state == IN_SYNC)
+        array = self.array
+        with array._state:
+            if complete and member.leg is twin and member.state == IN_SYNC:
+                member.leg = twin.copy
+                member.errors = 0
+                self._store.drop_disk(twin.old)
+                self._data = {key: leg for key, leg in self._data.items() if leg is not twin.old}
+                array.keep()
+            else:
+                if member.leg is twin:
+                    member.leg = twin.old
+                if not twin.lost:
+                    array.spares.append(twin.copy)
+            self._store.forget(twin)
+            if not job.stopping:
+                self._wanted_copy = None
+        self.event()
+        self.syncer.wake()
+
     # Keep that the array has more places, or more of each member; the next table makes it so.
-    def _grow(self, what: str, number: str) -> None:
+    # Answers with the sectors that the array has from then on.
+    def _grow(self, what: str, number: str) -> str:
         if what not in ("members", "size") or not number.isdecimal():
             raise DeviceError(errno.EINVAL, "md: grow members NUMBER or grow size SECTORS")
         if self.syncer.action not in ("idle", "frozen") or self.array.degraded:
@@ -375,12 +451,20 @@ class MD(Target):
             self._store.grow_members(self.array, int(number))
         else:
             self._store.grow_size(self.array, int(number) << SECTOR_SHIFT)
+        newest = self.assembly.newest
+        grown = geometry_of(
+            newest.level, newest.layout, self._store.raid_disks, newest.chunk_size,
+            self._store.size,
+        )
+        return str(grown.size >> SECTOR_SHIFT)
 
     # Life
 
     def resume(self) -> None:
         if self.array is None:
             self._assemble()
+        if self._wanted_copy is not None and self._copying is None:
+            self._begin_copy()
         if self.array.sync_size and self._job is None and not self._readonly:
             syncer = self.syncer
             syncer.restart()
@@ -391,6 +475,9 @@ class MD(Target):
             self.syncer.stop()
             self._job.stop()
             self._job = None
+        if self._copying is not None:
+            self._copying.stop()
+            self._copying = None
 
     def postsuspend(self) -> None:
         """Leave the disks so that any system can take them up."""
@@ -496,8 +583,9 @@ class MD(Target):
         if found is None:
             return -1, 0
         member, place = found
-        segment = member.leg.segment
-        careful = isinstance(member.leg, CarefulLeg) and member.leg.bad
+        leg = _leg_of(member)
+        segment = leg.segment
+        careful = isinstance(leg, CarefulLeg) and leg.bad
         return (segment.fd, place + segment.skew) if segment.fd >= 0 and not careful else (-1, 0)
 
 
@@ -507,6 +595,11 @@ _STATES = {"A": "in_sync", "R": "rebuilding", "F": "faulty", "S": "spare", "-": 
 # The character of a member: U in sync, R being rebuilt, F failed, _ missing.
 def _health(member: Member) -> str:
     return {IN_SYNC: "U", REBUILDING: "R", FAULTY: "F", MISSING: "_"}[member.state]
+
+
+# The data of a member; while it is being copied, of the device that it is copied from.
+def _leg_of(member: Member) -> Leg | None:
+    return member.leg.old if isinstance(member.leg, TwinLeg) else member.leg
 
 
 # A member as its disk has it.

@@ -148,7 +148,7 @@ def test_a_spare_takes_over_by_itself(tmp_path):
     with Mapper() as dm:
         again = dm.create("r", table)
         assert detail(again)["health"] == "UUU"
-        assert "it has failed" in detail(again)["devices"][1]["reason"]
+        assert "it is stale" in detail(again)["devices"][1]["reason"]
         assert read(again, MIB) == data
 
 
@@ -293,3 +293,55 @@ def test_an_array_of_readonly_devices_is_read_and_not_written(tmp_path):
         assert detail(device)["state"] == "read-only"
         read(device, MIB)
     assert [path.read_bytes() for path in paths] == before
+
+
+@pytest.mark.parametrize("level", [1, 5, 10])
+def test_a_member_is_replaced_without_a_time_of_less_redundancy(tmp_path, level):
+    recipe = Recipe(level, chunk_size=0 if level == 1 else 4096, assume_clean=True)
+    paths, table = make(tmp_path, 4, recipe, spares=1)
+    data = os.urandom(MIB)
+    with Mapper() as dm:
+        device = dm.create("r", table)
+        write(device, data)
+        dm.message("r", 0, f"replace {paths[1]} {paths[4]}")
+        dm.suspend("r")
+        dm.resume("r")
+        target = device.live.lines[0].target
+        for _ in range(1000):
+            if target._wanted_copy is None:
+                break
+            assert detail(device)["degraded"] == 0
+            write(device, data[:4096], 3 * MIB)
+        states = {each["device"]: each["place"] for each in detail(device)["devices"]}
+        assert (states[str(paths[1])], states[str(paths[4])]) == (None, 1)
+        dm.message("r", 0, "check")
+        assert settle(device).array.mismatches == 0
+        assert read(device, MIB) == data
+    with Mapper() as dm:
+        again = dm.create("r", table)
+        assert detail(again)["devices"][4]["place"] == 1
+        assert read(again, MIB) == data
+
+
+def test_only_a_member_is_replaced_and_only_by_a_spare(tmp_path):
+    paths, table = make(tmp_path, 2, Recipe(1, assume_clean=True), spares=1)
+    with Mapper() as dm:
+        dm.create("r", table)
+        for old, new, sentence in ((2, 1, "no member in sync"), (0, 1, "is no spare")):
+            with pytest.raises(OSError) as caught:
+                dm.message("r", 0, f"replace {paths[old]} {paths[new]}")
+            assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("bitmap", [False, True])
+def test_writes_after_a_suspend_are_known_to_the_superblocks(tmp_path, bitmap):
+    recipe = Recipe(1, bitmap=bitmap, assume_clean=True)
+    paths, table = make(tmp_path, 2, recipe)
+    with Mapper() as dm:
+        device = dm.create("r", table)
+        write(device, b"1" * 4096)
+        dm.suspend("r")
+        dm.resume("r")
+        assert detail(device)["state"] == "clean"
+        write(device, b"2" * 4096)
+        assert detail(device)["state"] == "active"
