@@ -17,7 +17,17 @@ from time import monotonic, perf_counter_ns
 from dmpy.device import BlockDevice, BlockSize, Buffers, Extent, slices, total
 from dmpy.errors import DeviceError
 from dmpy.opening import Opening
-from dmpy.plan import Gate, Lane, Plan, Segment, beyond_the_end, drain, segments_of
+from dmpy.plan import (
+    Gate,
+    Lane,
+    Plan,
+    Requeue,
+    Segment,
+    beyond_the_end,
+    drain,
+    rest_until,
+    segments_of,
+)
 from dmpy.stats import Stats
 from dmpy.table import Table, no_garbage_collection, split_args
 from dmpy.target import Target
@@ -110,11 +120,17 @@ class MappedDevice(BlockDevice):
             whole = offset + length <= segment.end and offset >= 0
             if whole:
                 segment.preadv(buffers, offset + segment.skew)
+        except Requeue:
+            whole = None
         except OSError as error:
             self._note_failure(segment, error)
             raise
         finally:
             segment.lane.left += 1
+        if whole is None:
+            self._rest(segment)
+            self.preadv(buffers, offset)
+            return
         if not whole:
             self._read_pieces(buffers, offset, length)
         stats = self.stats
@@ -132,11 +148,17 @@ class MappedDevice(BlockDevice):
             whole = offset + length <= segment.end and offset >= 0
             if whole:
                 segment.pwritev(buffers, offset + segment.skew, fua=fua)
+        except Requeue:
+            whole = None
         except OSError as error:
             self._note_failure(segment, error)
             raise
         finally:
             segment.lane.left += 1
+        if whole is None:
+            self._rest(segment)
+            self.pwritev(buffers, offset, fua=fua)
+            return
         if not whole:
             self._write_pieces(buffers, offset, length, fua)
         stats = self.stats
@@ -154,6 +176,10 @@ class MappedDevice(BlockDevice):
                 return segment
             segment.lane.left += 1
             plan.wait()
+
+    # Wait, after a request was given back, until this segment has been replaced.
+    def _rest(self, segment: Segment) -> None:
+        rest_until(lambda: segment not in self._plan.segments)
 
     # A request that is not within one segment.
     def _read_pieces(self, buffers: Buffers, offset: int, length: int) -> None:
@@ -223,8 +249,9 @@ class MappedDevice(BlockDevice):
     def flush(self) -> None:
         first: OSError | None = None
         plan = None
-        while plan is not self._plan:
+        while plan is not self._plan and first is None:
             plan = self._plan
+            replaced = False
             for lane, devices in plan.flushes():
                 lane.entered += 1
                 try:
@@ -232,9 +259,15 @@ class MappedDevice(BlockDevice):
                     if plan is not self._plan or not plan.running:
                         break
                     first = _flush(devices) or first
+                except Requeue:
+                    replaced = True
+                    break
                 finally:
                     lane.left += 1
-            plan.wait()
+            if replaced:
+                rest_until(lambda plan=plan: self._plan is not plan)
+            if first is None:
+                plan.wait()
         if first is not None:
             self.stats.errors += 1
             raise first
@@ -262,11 +295,15 @@ class MappedDevice(BlockDevice):
                 piece = min(end, segment.end) - offset
                 act(segment, offset + segment.skew, offset - begin, piece)
                 offset += piece
+                continue
+            except Requeue:
+                pass  # made again, when the plan has changed
             except OSError as error:
                 self._note_failure(segment, error)
                 raise
             finally:
                 segment.lane.left += 1
+            self._rest(segment)
 
     # Refuse a write to a read-only device.
     def _refuse_write(self, offset: int) -> None:
@@ -318,12 +355,12 @@ class MappedDevice(BlockDevice):
         As in the kernel nothing is flushed to the devices below: who wants that, flushes first.
 
         Args:
-            noflush: let targets that hold requests back themselves keep them; none does so far.
+            noflush: what targets hold back waits for the table that is resumed next, else it fails.
         """
         with self.life:
             self._alive()
             if not self.suspended:
-                self._quiesce()
+                self._quiesce(noflush)
 
     def resume(self) -> None:
         """Put the inactive table to use if there is one, and let requests go on.
@@ -361,9 +398,10 @@ class MappedDevice(BlockDevice):
                 self._release(self, old)
 
     # Bring I/O to an end and put up the gate.
-    def _quiesce(self) -> None:
+    def _quiesce(self, noflush: bool = False) -> None:
         targets = self._targets()
         for target in targets:
+            target.noflush = noflush
             target.presuspend()
         with self._topology:
             busy = self._put_up(Gate(self))
@@ -379,6 +417,7 @@ class MappedDevice(BlockDevice):
         """Let targets end their background work and hold no request back; I/O still flows."""
         with self.life:
             for target in self._targets():
+                target.noflush = False
                 target.presuspend()
 
     # Put a gate up, under `topology`; returns the lanes of those who may still be on what is below.
@@ -636,6 +675,7 @@ class MappedDevice(BlockDevice):
         with self.life:
             targets = [] if self.suspended else self._targets()
             for target in targets:
+                target.noflush = False
                 target.presuspend()
             with self._topology:
                 gate = Gate(self)
@@ -666,6 +706,8 @@ def _flush(devices: list[BlockDevice]) -> OSError | None:
     for device in devices:
         try:
             device.flush()
+        except Requeue:
+            raise
         except OSError as error:
             first = first or error
     return first

@@ -18,13 +18,23 @@ import sys
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 from dmpy.device import BlockDevice, Buffers, Extent
 from dmpy.errors import DeviceError
 
-__all__ = ["Gate", "Lane", "Plan", "Segment", "beyond_the_end", "drain", "segments_of"]
+__all__ = [
+    "Gate",
+    "Lane",
+    "Plan",
+    "Requeue",
+    "Segment",
+    "beyond_the_end",
+    "drain",
+    "rest_until",
+    "segments_of",
+]
 
 _FOREVER = 1 << 64
 
@@ -237,6 +247,16 @@ class Gate(Plan):
         self._opened.set()
 
 
+class Requeue(DeviceError):
+    """A request that a target gives back undone, being suspended without flush.
+
+    Whoever found the target in a plan makes the request again once there is another plan.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(errno.EAGAIN, "request is given back for the next table")
+
+
 class _Beyond(BlockDevice):
     """What follows the last byte of a device: every request fails."""
 
@@ -321,9 +341,14 @@ def _lane(lanes: dict[frozenset, Lane], passed: frozenset) -> Lane:
 
 def drain(lanes: Iterable[Lane]) -> None:
     """Wait until nobody is on the lanes of plans that have been replaced."""
-    pause = 20e-6
     for lane in lanes:
-        while lane.in_flight:
-            # Nobody tells that he leaves, the request path is too short for that: look again.
-            time.sleep(pause)
-            pause = min(pause * 2, 1e-3)
+        # Nobody tells that he leaves, the request path is too short for that.
+        rest_until(lambda lane=lane: not lane.in_flight)
+
+
+def rest_until(true: Callable[[], bool]) -> None:
+    """Wait for something that nobody tells of: look again, ever less often."""
+    pause = 20e-6
+    while not true():
+        time.sleep(pause)
+        pause = min(pause * 2, 1e-3)

@@ -21,7 +21,7 @@ from typing import ClassVar, NoReturn
 
 from dmpy.device import BlockDevice, BlockSize, Buffers, Cutter, Extent, total
 from dmpy.errors import DeviceError, TableError
-from dmpy.plan import Lane, Segment
+from dmpy.plan import Lane, Requeue, Segment, rest_until
 from dmpy.units import SECTOR_SHIFT, SECTOR_SIZE, exact_div
 
 __all__ = [
@@ -112,8 +112,11 @@ class Leg:
             if segment is self.segment:
                 segment.preadv(buffers, offset + segment.skew)
                 return
+        except Requeue:
+            pass  # made again below, when the plan has changed
         finally:
             lane.left += 1
+        rest_until(lambda: self.segment is not segment)
         self.preadv(buffers, offset)
 
     def pwritev(self, buffers: Buffers, offset: int, *, fua: bool = False) -> None:
@@ -126,37 +129,43 @@ class Leg:
             if segment is self.segment:
                 segment.pwritev(buffers, offset + segment.skew, fua=fua)
                 return
+        except Requeue:
+            pass  # made again below, when the plan has changed
         finally:
             lane.left += 1
+        rest_until(lambda: self.segment is not segment)
         self.pwritev(buffers, offset, fua=fua)
 
     def flush(self) -> None:
         """Flush the whole device below."""
-        segment = self._enter()
-        try:
-            segment.device.flush()
-        finally:
-            segment.lane.left += 1
+        self._act(lambda segment: segment.device.flush())
 
     def discard(self, offset: int, length: int) -> None:
         """Discard as BlockDevice.discard() does."""
-        segment = self._enter()
-        try:
-            segment.device.discard(offset + segment.skew, length)
-        finally:
-            segment.lane.left += 1
+        self._act(lambda segment: segment.device.discard(offset + segment.skew, length))
 
     def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool = True, fast_only: bool = False
     ) -> None:
         """Write zeroes as BlockDevice.write_zeroes() does."""
-        segment = self._enter()
-        try:
-            segment.device.write_zeroes(
+        self._act(
+            lambda segment: segment.device.write_zeroes(
                 offset + segment.skew, length, may_unmap=may_unmap, fast_only=fast_only
             )
-        finally:
-            segment.lane.left += 1
+        )
+
+    # Do something on the segment's device, again when it is given back.
+    def _act(self, act: Callable[[Segment], None]) -> None:
+        while True:
+            segment = self._enter()
+            try:
+                act(segment)
+                return
+            except Requeue:
+                pass  # made again below, when the plan has changed
+            finally:
+                segment.lane.left += 1
+            rest_until(lambda: self.segment is not segment)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """Return the extents of a piece, in bytes from the start of the leg."""
@@ -192,6 +201,8 @@ class Target(BlockDevice):
         version: the version of the kernel's target whose grammar and status it follows.
         transparent: byte b is always byte b of the one leg, so a plan may point straight at it.
         event: tells whoever waits for the device that something happened, dm_table_event().
+        noflush: during a suspend: requests that are held back are to be given back for the next
+            table by raising Requeue, dm_noflush_suspending().
     """
 
     type_name: ClassVar[str]
@@ -203,6 +214,7 @@ class Target(BlockDevice):
         self.size = length
         self.legs = list(legs)
         self.event: Callable[[], None] = _nobody_waits
+        self.noflush = False
         self.block_size = reduce(
             BlockSize.joined, (leg.device.block_size for leg in self.legs), BlockSize()
         )
@@ -257,7 +269,8 @@ class Target(BlockDevice):
     def presuspend(self) -> None:
         """Get ready to be suspended, or removed; I/O still flows.
 
-        Background work ends, and requests that the target holds back fail. May be called again.
+        Background work ends, and requests that the target holds back fail, or are given back with
+        `noflush`. May be called again.
         """
 
     def postsuspend(self) -> None:

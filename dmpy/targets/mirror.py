@@ -22,6 +22,7 @@ from dmpy.background import Job
 from dmpy.device import DATA, BlockDevice, Buffers, Extent, slices, total
 from dmpy.errors import DeviceError, FormatError
 from dmpy.formats.mirror_log import BITS_OFFSET, Bits, LogHeader, MirrorLog, log_size
+from dmpy.plan import Requeue
 from dmpy.target import Args, Leg, Target
 from dmpy.units import SECTOR_SHIFT, SECTOR_SIZE, ceil_div, exact_div, round_down, round_up
 
@@ -523,6 +524,8 @@ class Mirror(Target):
                 raise error or self._no_leg()
             if self.handle_errors and not self.keep_log:
                 self._lock.wait_for(lambda: self._suspending)
+                if self.noflush:
+                    raise Requeue
                 raise DeviceError(errno.EIO, "mirror: suspended while a failed write was held")
 
     # The error where no leg is left to ask.

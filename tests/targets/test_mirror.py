@@ -10,6 +10,7 @@ import pytest
 
 from dmpy.device import BlockSize
 from dmpy.errors import TableError
+from dmpy.mapper import Mapper
 from dmpy.table import Table
 from dmpy.target import Leg, find_target
 from dmpy.targets.mirror import CoreLog, DiskLog, Mirror
@@ -904,3 +905,115 @@ def check_crash(crash, build, history, writes):
         assert (np.frombuffer(read(target, 0, len(flushed)), np.uint8) == found).all()
     finally:
         target.presuspend()
+
+
+# Held writes and the next table
+
+
+class Words:
+    """Leaves that are devices of ours, by word."""
+
+    def __init__(self, devices):
+        self.devices = devices
+
+    def open(self, word, *, readonly, cwd):
+        return self.devices[word]
+
+    def release(self, device):
+        pass
+
+    def close(self):
+        pass
+
+
+def held_write(device, act):
+    """Start a request that the mirror holds back; returns its thread and what it raised."""
+    raised = []
+
+    def run():
+        try:
+            act(device)
+        except OSError as error:
+            raised.append(error.errno)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, raised
+
+
+REQUESTS = {
+    "write": lambda device: write(device, 3 * SECTOR, b"x" * SECTOR),
+    "long write": lambda device: write(device, 60 * SECTOR, b"x" * 8 * SECTOR),
+    "zeroes": lambda device: device.write_zeroes(3 * SECTOR, SECTOR),
+    "flush": lambda device: device.flush(),
+}
+
+
+ABOVE = {
+    "m": "",
+    "window": "0 100 linear m 0",
+    "striped": "0 128 striped 2 64 m 0 m 64",
+    "mirrored": "0 64 mirror core 2 64 nosync 2 m 0 m 64 2 handle_errors keep_log",
+}
+
+
+class Held:
+    """A device on a mirror that holds back a request, since one of its legs fails."""
+
+    def __init__(self, top, request):
+        self.legs = {name: FaultyDevice(PatternDevice(64 * SECTOR, name)) for name in "abc"}
+        self.dm = dm = Mapper(leaves=Words(self.legs))
+        kept = "mirror core 2 8 nosync 2 a 0 b 0 1 handle_errors"
+        dm.create("m", f"0 64 {kept}\n64 64 linear c 0")
+        if ABOVE[top]:
+            dm.create(top, ABOVE[top])
+        self.legs["b"].fail(forever=True, ops=["write", "zero", "flush"])
+        self.thread, self.raised = held_write(dm.device(top), REQUESTS[request])
+        wait_until(lambda: dm.device("m").event_nr, "the event")
+        assert self.thread.is_alive()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.legs["b"].heal()
+        self.dm.close()
+
+
+@pytest.mark.parametrize("request_name", REQUESTS)
+@pytest.mark.parametrize("top", ABOVE)
+def test_what_is_held_back_is_done_by_the_next_table_after_a_suspend_without_flush(
+    request_name, top
+):
+    if (request_name, top) == ("long write", "mirrored"):
+        pytest.skip("that device is shorter")
+    with Held(top, request_name) as held:
+        dm = held.dm
+        dm.suspend("m", noflush=True)
+        assert held.thread.is_alive()
+        dm.load("m", "0 64 linear a 0\n64 64 linear c 0")
+        dm.resume("m")
+        held.thread.join(10)
+        assert not held.thread.is_alive()
+        assert held.raised == []
+        if "write" in request_name:
+            offset = 3 if request_name == "write" else 60
+            assert read(dm.device("m"), offset * SECTOR, SECTOR) == b"x" * SECTOR
+        assert dm.device(top).stats.errors == 0
+        if top == "mirrored":
+            assert " 1/1 1 AA " in dm.device(top).status_text()
+
+
+@pytest.mark.parametrize("request_name", REQUESTS)
+@pytest.mark.parametrize("top", ["m", "window"])
+@pytest.mark.parametrize("end", ["suspend", "close"])
+def test_what_is_held_back_fails_in_any_other_end(request_name, top, end):
+    with Held(top, request_name) as held:
+        if end == "suspend":
+            held.dm.suspend("m")
+        else:
+            held.legs["b"].heal()
+            held.dm.close()
+        held.thread.join(10)
+        assert not held.thread.is_alive()
+        assert held.raised == [errno.EIO]
