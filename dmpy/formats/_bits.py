@@ -102,6 +102,6 @@ class Bits:
         whole = ceil_div(kept, 8)
         result.data[:whole] = self.data[:whole]
         result.mask()
-        if value and count > kept:
+        if value:
             result.set_range(kept, count)
         return result

@@ -526,8 +526,10 @@ class Superblock1(Record):
             # From the begin: superblock, bitmap, bad-block log, headroom, data.
             self.data_size = device_size_sectors - data_offset
             offset = 8
+            # Where that leaves no room for the log it lies just before the data, or nowhere.
             fits = data_offset >= begin + offset + space + _BAD_BLOCK_SECTORS
-            log_offset = offset + space if fits else data_offset - _BAD_BLOCK_SECTORS - begin
+            last = data_offset - begin - _BAD_BLOCK_SECTORS
+            log_offset = offset + space if fits else last if last >= 8 else 0
         if ppl:
             self.set_feature("PPL")
             self.set_ppl(offset, PPL_AREA_SECTORS)

@@ -230,6 +230,14 @@ def test_chunks_are_as_large_as_mdadm_makes_them(sync_size, space, chunksize):
     bits.check_space(space, device="d", byte=0)
 
 
+def test_a_bitmap_that_just_fits_is_accepted():
+    bitmap = BitmapSuper(sync_size=16, chunksize=512)
+    assert bitmap.size == 258
+    bitmap.check_space(258, device="d", byte=0)
+    with pytest.raises(FormatError, match="bitmap needs 258 bytes where 257 are free"):
+        bitmap.check_space(257, device="d", byte=0)
+
+
 def test_a_bitmap_that_cannot_fit_is_refused():
     with pytest.raises(ValueError, match="no bitmap for .* sectors fits in 512 bytes"):
         BitmapSuper.choose_chunksize(1 << 62, 512)

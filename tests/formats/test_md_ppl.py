@@ -129,8 +129,11 @@ def header(generation, pp_size=4096, signature=5):
 
 @pytest.mark.parametrize(
     ("generations", "offset"),
-    [([1], 0), ([1, 2], 8192), ([1, 2, 3], 16384), ([4, 2, 3], 0), ([4, 5, 3], 8192)],
-)
+    [
+        ([1], 0), ([1, 2], 8192), ([1, 2, 3], 16384), ([4, 2, 3], 0), ([4, 5, 3], 8192),
+        ([2, 2], 8192),
+    ],
+)  # fmt: skip
 def test_the_walk_ends_where_a_log_is_older(generations, offset):
     """The ring has come round: what follows the newest is what is left of the last round."""
     found = newest(log_of(*map(header, generations)), 1 << 20, signature=5)

@@ -22,11 +22,13 @@ from dmpy.formats.md_superblock import (
     DiskDescriptor,
     Superblock090,
     Superblock1,
+    bitmap_space,
     data_offset_for,
     find,
     free_sectors,
     where,
 )
+from dmpy.units import parse_size
 from tests import needs
 from tests.data.md.record import golden
 from tests.formats import pages
@@ -165,6 +167,19 @@ def test_mdadm_says_the_same_of_version_090(name):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", GOLDEN)
+def test_mdadm_exports_the_same(name):
+    found = candidate(name)
+    says = dict(re.findall(r"^(\w+)=(.*)$", GOLDEN[name].text["export"], re.MULTILINE))
+    ours = found.superblock
+    assert says["MD_LEVEL"] == f"raid{ours.level}"
+    assert says["MD_DEVICES"] == str(ours.raid_disks)
+    assert says["MD_UUID"] == ours.uuid
+    # Of version 0.90 mdadm 4.2 exports the time of creation under that name.
+    assert says["MD_UPDATE_TIME"] == str(ours.ctime if found.version == "0.90" else ours.utime)
+    assert says["MD_EVENTS"] == str(ours.events)
+
+
 @pytest.mark.parametrize("name", OF_1)
 def test_what_linux_wrote_is_written_again_byte_for_byte(name):
     ours = superblock(name)
@@ -260,10 +275,126 @@ def test_data_begins_where_mdadm_has_it():
         assert ours.size in (free // unit * unit, free // 128 * 128) or not ours.size, name
 
 
-@pytest.mark.parametrize(("gib", "expected"), [(300, 264192), (4000, 264192)])
-def test_data_offsets_of_large_devices(gib, expected):
-    """As on large disks everywhere."""
-    assert data_offset_for("1.2", gib << 21, chunk_size_sectors=1024) == expected
+# What mdadm 4.2 made of members of these sizes: version, level, chunk (sectors), whether with PPL;
+# then data_offset, data_size and bblog_offset. Level 1 had a bitmap.
+PLACES = [
+    ("64M", "1.2", 1, 0, False, 2048, 129024, 16),
+    ("64M", "1.2", 0, 1024, False, 4096, 126976, 8),
+    ("64M", "1.2", 5, 128, False, 2048, 129024, 16),
+    ("64M", "1.2", 5, 128, True, 4096, 126976, 2056),
+    ("64M", "1.2", 0, 16384, False, 34816, 96256, 8),
+    ("64M", "1.0", 1, 0, False, 0, 131040, -8),
+    ("1G", "1.2", 1, 0, False, 4096, 2093056, 16),
+    ("1G", "1.2", 0, 1024, False, 4096, 2093056, 8),
+    ("1G", "1.2", 5, 128, False, 4096, 2093056, 16),
+    ("1G", "1.2", 5, 128, True, 6144, 2091008, 2056),
+    ("1G", "1.2", 0, 16384, False, 34816, 2062336, 8),
+    ("1G", "1.0", 1, 0, False, 0, 2097120, -8),
+    ("9G", "1.2", 1, 0, False, 18432, 18855936, 16),
+    ("9G", "1.2", 0, 1024, False, 18432, 18855936, 8),
+    ("9G", "1.2", 5, 128, False, 18432, 18855936, 136),
+    ("9G", "1.2", 5, 128, True, 20480, 18853888, 2056),
+    ("9G", "1.2", 0, 16384, False, 34816, 18839552, 8),
+    ("9G", "1.0", 1, 0, False, 0, 18874336, -8),
+    ("100G", "1.2", 1, 0, False, 133120, 209582080, 16),
+    ("100G", "1.2", 0, 1024, False, 133120, 209582080, 8),
+    ("100G", "1.2", 5, 128, False, 133120, 209582080, 136),
+    ("100G", "1.2", 5, 128, True, 135168, 209580032, 2056),
+    ("100G", "1.2", 0, 16384, False, 133120, 209582080, 8),
+    ("100G", "1.0", 1, 0, False, 0, 209715168, -8),
+    ("250G", "1.2", 1, 0, False, 264192, 524023808, 16),
+    ("250G", "1.2", 0, 1024, False, 264192, 524023808, 8),
+    ("250G", "1.2", 5, 128, False, 264192, 524023808, 264),
+    ("250G", "1.2", 5, 128, True, 266240, 524021760, 2056),
+    ("250G", "1.2", 0, 16384, False, 264192, 524023808, 8),
+    ("250G", "1.0", 1, 0, False, 0, 524287968, -8),
+    ("4T", "1.2", 1, 0, False, 264192, 8589670400, 32),
+    ("4T", "1.2", 0, 1024, False, 264192, 8589670400, 8),
+    ("4T", "1.2", 5, 128, False, 264192, 8589670400, 264),
+    ("4T", "1.2", 5, 128, True, 266240, 8589668352, 2056),
+    ("4T", "1.2", 0, 16384, False, 264192, 8589670400, 8),
+    ("4T", "1.0", 1, 0, False, 0, 8589934544, -8),
+]
+
+
+@pytest.mark.parametrize(
+    ("size", "version", "level", "chunk", "ppl", "data_offset", "data_size", "bblog_offset"), PLACES
+)
+def test_members_of_all_sizes_are_laid_out_as_mdadm_does(
+    size, version, level, chunk, ppl, data_offset, data_size, bblog_offset
+):
+    sectors = parse_size(size) // 512
+    offset = data_offset_for(version, sectors, chunk_size_sectors=chunk, ppl=ppl)
+    assert offset == data_offset
+    free = free_sectors(version, sectors, data_offset=offset, ppl=ppl)
+    used = free // 128 * 128 if level else 0
+    bitmap = None
+    if level == 1:
+        chunksize = BitmapSuper.choose_chunksize(used, bitmap_space(used) * 512)
+        assert chunksize == 64 << 20
+        bitmap = BitmapSuper(sync_size=used, chunksize=chunksize)
+    ours = Superblock1.fresh(
+        version, sectors, data_offset=offset, bitmap=bitmap, ppl=ppl, level=level, size=used
+    )
+    assert (ours.data_size, ours.bblog_offset) == (data_size, bblog_offset)
+
+
+@pytest.mark.parametrize(
+    ("sectors", "space"),
+    [(0, 0), (127, 0), (128, 8), (16777224, 8), (16777225, 128), (419430527, 128)]
+    + [(419430528, 256)],
+)
+def test_space_for_a_bitmap_grows_with_the_member(sectors, space):
+    assert bitmap_space(sectors) == space
+
+
+def test_a_new_member_has_its_bad_block_log_where_there_is_room():
+    """Before the data; where a bitmap leaves nothing between, none at all of version 1.0."""
+    ours = Superblock1.fresh("1.2", 4096, data_offset=24, level=1, size=1000, raid_disks=2)
+    assert ours.bblog_offset == 8
+    ours = Superblock1.fresh("1.2", 4096, data_offset=20, level=1, size=1000, raid_disks=2)
+    assert (ours.bblog_offset, ours.bblog_size) == (0, 0)
+    ours = Superblock1.fresh("1.0", 4096, data_offset=0, level=1, size=4072, raid_disks=2)
+    assert (ours.data_size, ours.bblog_offset) == (4072, -8)
+    ours = Superblock1.fresh("1.0", 4096, data_offset=0, level=1, size=4080, raid_disks=2)
+    assert (ours.data_size, ours.bblog_offset, ours.bblog_size) == (4080, 0, 0)
+
+
+def test_a_bad_block_log_can_be_left_out():
+    ours = Superblock1.fresh("1.2", 33000, data_offset=2048, level=1, bad_blocks=False)
+    assert (ours.bblog_offset, ours.bblog_size) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("delta", "features", "backwards"),
+    [
+        (0, ["RESHAPE_ACTIVE"], False),
+        (0, ["RESHAPE_ACTIVE", "RESHAPE_BACKWARDS"], True),
+        (-1, ["RESHAPE_ACTIVE"], True),
+        (1, ["RESHAPE_ACTIVE", "RESHAPE_BACKWARDS"], False),
+        (-1, [], False),
+    ],
+)
+def test_which_way_a_reshape_goes(delta, features, backwards):
+    ours = Superblock1(delta_disks=delta)
+    for feature in features:
+        ours.set_feature(feature)
+    assert ours.reshape_backwards == backwards
+    for feature in features:
+        ours.set_feature(feature, False)
+    assert ours.features == []
+
+
+@pytest.mark.parametrize(("offset", "holds"), [(-2040, False), (-2039, True), (8, True)])
+def test_a_new_place_of_the_data_may_not_be_the_superblock(offset, holds):
+    ours = Superblock1.decode(SOUND, byte=4096)
+    ours.feature_map, ours.new_offset = 0x44, offset
+    place = {"device": "sda", "byte": 4096}
+    if holds:
+        ours.check_places(33000, **place)
+        return
+    with pytest.raises(FormatError, match=f"new_offset is {offset}"):
+        ours.check_places(33000, **place)
 
 
 # A new member.
@@ -474,6 +605,19 @@ def test_damaged_superblocks_with_a_right_checksum_never_crash(data):
     )
     if ours is not None:
         assert ours.encode() == data[:512]
+
+
+@given(st.data())
+def test_damaged_disks_never_crash(data):
+    name = data.draw(st.sampled_from(sorted(GOLDEN)))
+    sectors = GOLDEN[name].sectors
+    places = {where(version, sectors) * 512 for version in md_superblock.VERSIONS}
+    sound = [(GOLDEN[name].read(at, 4096), at) for at in sorted(places)]
+    disk = {at: data.draw(damaged(view)) for view, at in sound if any(view)}
+    found = find(lambda offset, length: disk.get(offset, bytes(length)), sectors, device=name)
+    for entry in found:
+        assert (entry.superblock is None) != (entry.error is None)
+        assert entry.error is None or entry.error.device == name
 
 
 # What is refused.
