@@ -409,7 +409,10 @@ class Mapper:
         first: OSError | None = None
         for device in devices:
             first = _flushed(device) or first
-            device.shut(goodbye[device])
+            try:
+                device.shut(goodbye[device])
+            except OSError as error:
+                first = first or error
         # 4. Everything is given back.
         for device in devices:
             device.close()

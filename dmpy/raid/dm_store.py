@@ -6,6 +6,7 @@ Source: Linux v6.1 drivers/md/dm-raid.c, super_sync(), super_load(), super_valid
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from dmpy.target import Leg
 from dmpy.units import SECTOR_SHIFT, SECTOR_SIZE
 
 __all__ = ["DmRaidStore", "Found", "look"]
+
+_log = logging.getLogger("dmpy.raid")
 
 _BLOCK = 4096
 
@@ -220,10 +223,14 @@ class DmRaidStore(Store):
         self.update(array)
 
     def flush(self) -> None:
-        """Flush every metadata device."""
+        """Make clean bits durable; all else has been so from the start."""
         for meta in self._metas:
             if meta is not None:
-                meta.flush()
+                try:
+                    meta.flush()
+                except OSError as error:
+                    # Bits that stay dirty cost a resync, no more.
+                    _log.warning("%s: flush: %s", meta.device.name, error.strerror or error)
 
 
 assert BITMAP_OFFSET % SECTOR_SIZE == 0

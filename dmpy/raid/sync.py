@@ -240,7 +240,7 @@ class Syncer:
             array.flush()
             array.keep()
 
-    # Stay below the limit after a window that took some seconds; leave others time if there are any.
+    # Stay below the limit after a window that took some seconds, and leave others their time.
     def _rest(self, done: int, took: float, busy: bool) -> None:
         rate = self.maximum_rate or (_RATE_IN_USE if busy else 0)
         rest = done / rate - took if rate else 0.0

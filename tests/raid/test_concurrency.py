@@ -17,6 +17,45 @@ CHUNK = 4096
 MEMBER = CHUNK * 64
 
 
+def disk_of_rubbish():
+    disk = FaultyDevice(open_leaf(f"mem:{MEMBER}"))
+    disk.pwritev([memoryview(b"\xa5" * MEMBER)], 0)
+    return disk
+
+
+class Worker(threading.Thread):
+    """Writes and reads its share of an array, and knows what it should hold."""
+
+    def __init__(self, array, base, size, seed, stop):
+        super().__init__(daemon=True)
+        self.array, self.base, self.size, self.seed, self.stop = array, base, size, seed, stop
+        self.error = None
+
+    def run(self):
+        try:
+            self.work(random.Random(self.seed), bytearray(self.size))
+        except BaseException as error:
+            self.error = error
+            self.stop.set()
+
+    def work(self, rng, model):
+        while not self.stop.is_set():
+            offset = rng.randrange(self.size // 512) * 512
+            length = min(512 * rng.randint(1, 24), self.size - offset)
+            if rng.random() < 0.6:
+                data = rng.randbytes(length)
+                self.array.pwritev([memoryview(data)], self.base + offset)
+                model[offset : offset + length] = data
+            else:
+                assert self.read(offset, length) == model[offset : offset + length]
+        assert self.read(0, self.size) == model
+
+    def read(self, offset, length):
+        back = bytearray(length)
+        self.array.preadv([memoryview(back)], self.base + offset)
+        return back
+
+
 @pytest.mark.parametrize(
     ("word", "members", "more"),
     [
@@ -29,46 +68,16 @@ MEMBER = CHUNK * 64
 def test_nothing_is_lost_while_members_come_and_go(word, members, more):
     geometry = Geometry(LEVELS[word], members, CHUNK, member_size=MEMBER, **more)
     disks = [FaultyDevice(open_leaf(f"mem:{MEMBER}")) for _ in range(members)]
-    array = make_array(
-        geometry,
-        [Member(place, Leg(disk, 0, MEMBER)) for place, disk in enumerate(disks)],
-        NoStore(),
-        region_size=CHUNK * 4,
-        name=word,
-    )
+    places = [Member(place, Leg(disk, 0, MEMBER)) for place, disk in enumerate(disks)]
+    array = make_array(geometry, places, NoStore(), region_size=CHUNK * 4, name=word)
     syncer = Syncer(array, daemon_sleep=0.01)
     background = threading.Thread(target=syncer.run, daemon=True)
     background.start()
     stop = threading.Event()
-    failures = []
     share = array.size // 4 // 512 * 512
-
-    def work(number):
-        rng = random.Random(number)
-        base = share * number
-        model = bytearray(share)
-        try:
-            while not stop.is_set():
-                offset = rng.randrange(share // 512) * 512
-                length = min(512 * rng.randint(1, 24), share - offset)
-                if rng.random() < 0.6:
-                    data = rng.randbytes(length)
-                    array.pwritev([memoryview(data)], base + offset)
-                    model[offset : offset + length] = data
-                else:
-                    back = bytearray(length)
-                    array.preadv([memoryview(back)], base + offset)
-                    assert back == model[offset : offset + length]
-            back = bytearray(share)
-            array.preadv([memoryview(back)], base)
-            assert back == model
-        except BaseException as error:
-            failures.append(error)
-            stop.set()
-
-    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(4)]
-    for thread in threads:
-        thread.start()
+    workers = [Worker(array, share * number, share, number, stop) for number in range(4)]
+    for worker in workers:
+        worker.start()
     rng = random.Random(99)
     try:
         for _ in range(6):
@@ -82,17 +91,15 @@ def test_nothing_is_lost_while_members_come_and_go(word, members, more):
             if stop.is_set():
                 break
             array.remove(place)
-            disks[place] = FaultyDevice(open_leaf(f"mem:{MEMBER}"))
-            disks[place].pwritev([memoryview(b"\xa5" * MEMBER)], 0)
+            disks[place] = disk_of_rubbish()
             array.add(place, Leg(disks[place], 0, MEMBER))
             assert syncer.wait_idle(20)
             assert array.members[place].state == IN_SYNC
     finally:
         stop.set()
-        for thread in threads:
-            thread.join(20)
-            assert not thread.is_alive()
-    assert not failures
+        for worker in workers:
+            worker.join(20)
+    assert [worker.error for worker in workers if worker.error or worker.is_alive()] == []
     syncer.request("check")
     assert syncer.wait_idle(20)
     assert array.mismatches == 0

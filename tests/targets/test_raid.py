@@ -10,7 +10,7 @@ from dmpy.errors import TableError
 from dmpy.formats.dm_raid import MAX_SECTOR, DmRaidSuperblock
 from dmpy.mapper import Mapper
 from dmpy.table import Table
-from dmpy.testing import FaultyDevice, Power
+from dmpy.testing import FaultyDevice, Power, every_fault
 from dmpy.testing.conformance import TargetTests
 from dmpy.testing.leaves import GivenLeaves
 
@@ -207,6 +207,40 @@ def test_after_a_power_cut_only_what_was_dirty_is_synced_and_flushed_bytes_are_t
                     place = slice(sector * SECTOR, (sector + 1) * SECTOR)
                     assert back[place] == flushed[place], (word, seed, sector)
             again.message("r", 0, "check")
+            assert settle(device).array.mismatches == 0
+
+
+@pytest.mark.parametrize("word", ["raid1", "raid5_ls", "raid6_zr", "raid10"])
+@pytest.mark.parametrize("forever", [False, True])
+def test_whichever_write_fails_nothing_is_lost_and_the_set_comes_back(word, forever):
+    count = WORDS[word][0]
+    text = line(word, "daemon_sleep 1")
+    for fault in every_fault(limit=12, ops=["write", "flush"], forever=forever):
+        bad = random.Random(fault.at).randrange(count)
+        disks = devices(count)
+        wrapped = {
+            name: FaultyDevice(leaf, fault) if name[1] == str(bad) else leaf
+            for name, leaf in disks.items()
+        }
+        data = random.Random(5).randbytes(9 * 4096 + 512)
+        fault.at, at = None, fault.at
+        with Mapper(leaves=GivenLeaves(wrapped)) as dm:
+            device = dm.create("r", text)
+            settle(device)
+            fault.at = fault.seen + at
+            device.pwritev([memoryview(data)], 1024)
+            device.flush()
+            device.pwritev([memoryview(data)], 512 * 1000)
+            device.flush()
+        fault.heal()
+        with Mapper(leaves=GivenLeaves(disks)) as dm:
+            device = dm.create("r", line(word))
+            settle(device)
+            for place in (1024, 512 * 1000):
+                back = bytearray(len(data))
+                device.preadv([memoryview(back)], place)
+                assert back == data
+            dm.message("r", 0, "check")
             assert settle(device).array.mismatches == 0
 
 
