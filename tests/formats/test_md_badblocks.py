@@ -60,6 +60,7 @@ def test_what_linux_wrote_is_written_again_in_ascending_order():
 
 def test_mdadm_reads_what_we_write(tmp_path):
     mdadm = needs.tool("mdadm", package="mdadm")
+    needs.root()  # which mdadm wants for this, even of a plain file
     ours = Superblock1.fresh(
         "1.2", 33000, data_offset=2048, level=1, raid_disks=2, size=1000, dev_roles=[0, 1]
     )

@@ -113,6 +113,7 @@ def test_what_linux_wrote_is_written_again(name):
 
 def test_mdadm_reads_what_we_write(tmp_path):
     mdadm = needs.tool("mdadm", package="mdadm")
+    needs.root()  # which mdadm wants for this, even of a plain file
     bitmap = BitmapSuper(
         uuid=bytes(range(16)), events=7, events_cleared=3, sync_size=1 << 20, chunksize=1 << 16
     )
