@@ -463,7 +463,8 @@ class Mirror(Target):
             complete = self._is_complete()
         if complete:
             self.event()
-        if self._writable and (self.log.durable or self.log.sync_count < self.log.count):
+        wanted = self._writable and (self.log.durable or self.log.sync_count < self.log.count)
+        if wanted and self._job is None:
             self._job = background.start(self._work, "mirror")
 
     # Whether there is nothing here that may only be read.

@@ -13,9 +13,10 @@ from dmpy.errors import TableError
 from dmpy.mapper import Mapper
 from dmpy.table import Table
 from dmpy.target import Leg, find_target
+from dmpy.targets import mirror
 from dmpy.targets.mirror import CoreLog, DiskLog, Mirror
 from dmpy.testing import Fault, FaultyDevice, PatternDevice
-from dmpy.testing.conformance import TargetTests
+from dmpy.testing.conformance import TargetTests, run_threads
 from dmpy.testing.faulty import every_fault
 from dmpy.testing.pattern import expect_equal, pattern
 from dmpy.testing.powercut import Power
@@ -512,26 +513,41 @@ def test_a_flush_that_fails_puts_what_was_written_out_of_sync():
         assert rig.target.log.sync_count == 6
 
 
-def test_every_single_failure_leaves_reads_right():
-    """Whatever call fails, once: what a write that was acknowledged has written is read."""
-    for fault in every_fault(forever=False, ops=["read", "write", "flush"]):
-        rig = Rig(start=False)
+@pytest.mark.parametrize("forever", [False, True])
+def test_whatever_call_fails_reads_are_right_and_clean_regions_equal(forever):
+    """What a write that was acknowledged has written is read, or nothing is."""
+    for fault in every_fault(forever=forever, ops=["read", "write", "flush"]):
+        rig = Rig(start=False, disk=True, log="nosync")
         for leg in rig.legs:
-            leg.fault = fault
-        for n in range(4):
-            write(rig.target, n * REGION, bytes([65 + n]) * REGION)
-            if n % 2:
-                rig.target.flush()
+            write(leg.device, 0, bytes(64 * SECTOR))
+        rig.target.log.load()
+        for device in (*rig.legs, rig.log):
+            device.fault = fault
+        kept = {}
         for n in range(4):
             try:
-                found = read(rig.target, n * REGION, REGION)
+                write(rig.target, n * REGION, bytes([65 + n]) * REGION)
+                kept[n] = bytes([65 + n]) * REGION
+                if n % 2:
+                    rig.target.flush()
             except OSError as error:
-                # As in the kernel: the default leg missed the write, and there is no other one
+                assert error.errno == errno.EIO
+        for n, expected in kept.items():
+            try:
+                assert read(rig.target, n * REGION, REGION) == expected
+            except OSError as error:
+                # As in the kernel: the default leg missed a write, and there is no other one
                 # that the log vouches for.
                 assert error.errno == errno.EIO
-                assert rig.health[0] != "A"
-            else:
-                assert found == bytes([65 + n]) * REGION
+                assert rig.health != "AA"
+        rig.target.presuspend()
+        rig.target.postsuspend()
+        a, b = rig.content(0), rig.content(1)
+        for region in regions(rig.log.device)[1]:
+            # Where the log could not be written it still says what it said before.
+            if "disk log A" in rig.target.status():
+                piece = slice(region * REGION, (region + 1) * REGION)
+                assert (a[piece] == b[piece]).all(), f"{fault}: region {region}"
 
 
 # Copying
@@ -652,6 +668,49 @@ def test_writes_during_a_copy_leave_legs_equal():
         wait_until(lambda: synced(rig.target), "the copy")
         for leg in range(3):
             expect_equal(memoryview(rig.content(leg)), model, 0, f"leg{leg}")
+
+
+def test_writers_readers_and_the_background_do_not_disturb_each_other(monkeypatch):
+    """Four writers, each with a share that cuts regions, while everything is copied and cleaned."""
+    monkeypatch.setattr(mirror, "_IDLE", 0.0)
+    rig = Rig(log="sync", start=False, disk=True, legs=3)
+    model = rig.content(0).copy()
+    share = 15 * SECTOR
+    with rig:
+        rig.target.resume()
+
+        def work(number):
+            rng = np.random.default_rng(number)
+            for step in range(150):
+                begin = number * share + int(rng.integers(0, 15)) * SECTOR
+                length = int(rng.integers(1, ((number + 1) * share - begin) // SECTOR + 1)) * SECTOR
+                piece = slice(begin, begin + length)
+                if step % 3:
+                    model[piece] = pattern(begin, length, number * 1000 + step)
+                    write(rig.target, begin, model[piece].copy())
+                else:
+                    expect_equal(memoryview(read(rig.target, begin, length)), model[piece], 0)
+                if step % 50 == 0:
+                    rig.target.flush()
+
+        run_threads(work)
+        wait_until(lambda: synced(rig.target), "the copy")
+    for leg in range(3):
+        expect_equal(memoryview(rig.content(leg)), model, 0, f"leg{leg}")
+    assert regions(rig.log.device)[1] == set(range(8))
+
+
+def test_a_mirror_that_may_only_be_read_changes_nothing(tmp_path):
+    for n, name in enumerate(("a", "b", "log")):
+        (tmp_path / name).write_bytes(bytes([n]) * 64 * SECTOR)
+    before = [(tmp_path / name).read_bytes() for name in ("a", "b", "log")]
+    with Mapper() as dm:
+        table = f"0 64 mirror disk 2 {tmp_path}/log 8 2 {tmp_path}/a 0 {tmp_path}/b 0"
+        device = dm.create("m", table, readonly=True)
+        assert read(device, 0, SECTOR) == bytes(SECTOR)
+        assert device.status_text().endswith(" 0/8 1 AA 3 disk " + f"{tmp_path}/log A")
+        assert device.live.lines[0].target._job is None
+    assert [(tmp_path / name).read_bytes() for name in ("a", "b", "log")] == before
 
 
 # The log on disk
