@@ -267,10 +267,14 @@ class MDStore(Store):
 
     def flush(self) -> None:
         """Make what was kept durable, clean marks too."""
-        for member in self._array.members if self._array is not None else ():
+        array = self._array
+        for member in array.members if array is not None else ():
             disk = self.disk_of(member.leg)
             if disk is not None and member.writable:
-                disk.medium.flush()
+                try:
+                    disk.medium.flush()
+                except OSError as error:
+                    array.fail(member.index, f"flush: {error.strerror or error}")
 
     # Growing
 
