@@ -406,8 +406,15 @@ class MappedDevice(BlockDevice):
         with self._topology:
             busy = self._put_up(Gate(self))
         drain(busy)
+        self._come_to_rest(targets)
+
+    # After the last request. A target that cannot must not keep the device from being repaired.
+    def _come_to_rest(self, targets: list[Target]) -> None:
         for target in targets:
-            target.postsuspend()
+            try:
+                target.postsuspend()
+            except OSError as error:
+                _log.error("%s: %s: %s", self.name, target.name, error.strerror or error)
 
     # The targets of the live table, under `life`.
     def _targets(self) -> list[Target]:
@@ -682,8 +689,7 @@ class MappedDevice(BlockDevice):
                 gate.refuse(refusal)
                 busy = self._put_up(gate)
             drain(busy)
-            for target in targets:
-                target.postsuspend()
+            self._come_to_rest(targets)
 
     def close(self) -> None:
         """Drop both tables, after shut()."""
