@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from dmpy.backing import Leaves
 from dmpy.device import BlockDevice
@@ -39,6 +40,8 @@ _BEGINS_WITHIN = 5.0
 _SHOWS_WITHIN = 0.2
 # After the last step the array is given this long to come to rest.
 _SETTLES_WITHIN = 10.0
+# Bytes of a chunk of an array of Linux MD, where the scenario does not say: several a request.
+_CHUNK = 16 << 10
 # This part of all requests, at least, comes after the last step.
 _AFTERWARDS = 10
 # A request that takes longer at the end is one that the array holds back.
@@ -111,6 +114,7 @@ class Lab:
         sampler = threading.Thread(target=self._sample_until, args=(over,), daemon=True)
         with _quiet():
             try:
+                self._make_arrays()
                 self._start()
                 if self._mapper is None:
                     raise _Broken("the array was not built, see the events")
@@ -131,14 +135,44 @@ class Lab:
 
     # Building and taking down
 
+    def _make_arrays(self) -> None:
+        for name, words in self._variant.arrays.items():
+            try:
+                self._tables[name] = self._make_md(words)
+            except (OSError, ValueError) as error:
+                raise _Broken(f"array {name} cannot be made: {_sentence(error)}") from None
+
+    # Write the superblocks of an array of Linux MD; returns its table, with all its disks.
+    def _make_md(self, words: Mapping[str, Any]) -> str:
+        from dmpy.md.assemble import assemble
+        from dmpy.md.create import Recipe, create, layout_number, level_number
+
+        legs = self._plug.legs
+        level = level_number(words["level"])
+        layout = layout_number(level, words["layout"]) if "layout" in words else None
+        recipe = Recipe(
+            level, layout, words.get("chunk", 0 if level == 1 else _CHUNK),
+            words.get("metadata", "1.2"), bitmap=words.get("bitmap", False),
+            assume_clean=words.get("clean", True))
+        names = [*words["members"], *words.get("spares", [])]
+        members = [legs[name] for name in words["members"]]
+        disks = create(members, [legs[name] for name in words.get("spares", [])], recipe)
+        found = assemble(disks)
+        names += words.get("others", [])
+        sectors = found.geometry.size // SECTOR_SIZE
+        for name in names:
+            legs[name].flush()
+        return f"0 {sectors} md {found.uuid} {len(names)} {' '.join(names)}"
+
     # Make the devices and serve them. A refusal is an event: some scenarios are about it.
-    def _start(self, device: str = "", table: str = "") -> None:
+    def _start(self, device: str = "", table: str = "", without: Sequence[str] = ()) -> None:
         if table:
             self._tables[device or self._top] = table
         mapper = Mapper(leaves=_LabLeaves(self._plug))
         try:
             for name, text in self._tables.items():
-                mapper.create(name, text, cwd="/")
+                words = ["-" if word in without else word for word in text.split(" ")]
+                mapper.create(name, " ".join(words), cwd="/")
             # From here on it can be looked at: a rebuild does not wait for the server.
             self._mapper = mapper
             if self._scenario.workload.over == "nbd":

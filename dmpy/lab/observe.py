@@ -26,7 +26,7 @@ class Observation:
 
     Attributes:
         up: the devices are there.
-        legs: name -> "in_sync", "rebuilding" or "failed", of those that are part of it.
+        legs: name -> "in_sync", "spare", "rebuilding" or "failed", of those that are part of it.
         done, total: of the resync or rebuild, in units of the target's.
         action: "idle", or what goes on in the background.
         mismatches: of the last scrub, in sectors.
@@ -55,7 +55,7 @@ class Observation:
             return "off"
         if self.failed:
             return "failed"
-        if self.incomplete or any(state != "in_sync" for state in self.legs.values()):
+        if self.incomplete or {"rebuilding", "failed"} & {*self.legs.values()}:
             return "degraded"
         if self.action in _SCRUBS:
             return "optimal"
@@ -147,6 +147,24 @@ def _mirror(seen: Observation, table: Sequence[str], status: Sequence[str]) -> N
     seen.failed = seen.failed or all(letter != "A" for letter in health)
 
 
+# md: status `level state members working health done/total action mismatches events bitmap #devs
+# {name place state}...`.
+def _md(seen: Observation, table: Sequence[str], status: Sequence[str]) -> None:
+    if status[0] == "inactive":
+        return
+    _, state, _, _, health, ratio, action, mismatches = status[:8]
+    words = {"A": "in_sync", "R": "rebuilding", "F": "failed", "S": "spare"}
+    for name, letter in zip(status[11::3], status[13::3]):
+        if letter in words:
+            _note(seen, name, words[letter])
+    seen.incomplete = seen.incomplete or bool({"F", "_"} & {*health})
+    _progress(seen, ratio)
+    if action != "idle":
+        seen.action = action
+    seen.mismatches += int(mismatches)
+    seen.failed = seen.failed or state == "failed"
+
+
 # striped: status `#devs names 1 health`. It has nothing to fall back on.
 def _striped(seen: Observation, table: Sequence[str], status: Sequence[str]) -> None:
     count = int(status[0])
@@ -162,7 +180,7 @@ def _linear(seen: Observation, table: Sequence[str], status: Sequence[str]) -> N
 
 # A leg that several lines use is as well as the worst of them says.
 def _note(seen: Observation, name: str, state: str) -> None:
-    order = ("in_sync", "rebuilding", "failed")
+    order = ("in_sync", "spare", "rebuilding", "failed")
     before = seen.legs.get(name, "in_sync")
     seen.legs[name] = max(before, state, key=order.index)
 
@@ -176,5 +194,5 @@ def _progress(seen: Observation, ratio: str) -> None:
 # Word in the table -> what reads (observation, table arguments, status words) into the observation.
 # A target from elsewhere may be added; of one that is not here nothing is known but that it is up.
 READERS: dict[str, Callable[[Observation, Sequence[str], Sequence[str]], None]] = {
-    "linear": _linear, "mirror": _mirror, "raid": _raid, "striped": _striped,
+    "linear": _linear, "md": _md, "mirror": _mirror, "raid": _raid, "striped": _striped,
 }

@@ -19,7 +19,7 @@ _TOP = 30
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2430; --dim: #667080;
   --line: #d5dae2; --card: #f6f7f9; --good: #2f8f5b; --sync: #2b78c5; --warn: #c98a00;
-  --bad: #c63b3b; --none: #c3c9d2; --read: #2b78c5; --write: #c2611f; }
+  --bad: #c63b3b; --none: #8a94a3; --read: #2b78c5; --write: #c2611f; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14181f; --ink: #e4e8ee; --dim: #98a2b1;
   --line: #333b48; --card: #1c222b; --good: #3fa873; --sync: #4f9be6; --warn: #d9a032;
   --bad: #e05d5d; --none: #48515f; --read: #5aa7f0; --write: #e8894a; } }
@@ -35,7 +35,8 @@ svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
 svg .dim { fill: var(--dim); } svg .on { fill: #fff; font-size: 11px; }
 .in_sync, .optimal { fill: var(--good); } .rebuilding, .syncing { fill: var(--sync); }
 .slow, .errors, .degraded { fill: var(--warn); } .dead, .failed { fill: var(--bad); }
-.unused { fill: var(--none); } .off { fill: none; stroke: var(--line); stroke-dasharray: 3 3; }
+.unused, .spare { fill: var(--none); }
+.off { fill: none; stroke: var(--line); stroke-dasharray: 3 3; }
 .grid { stroke: var(--line); } .mark { stroke: var(--dim); stroke-dasharray: 2 3; }
 .knob { fill: var(--ink); } svg .number { fill: var(--paper); font-size: 10px; }
 .read, .write { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
@@ -48,8 +49,8 @@ table { border-collapse: collapse; width: 100%; } td, th { text-align: left;
 details summary { cursor: pointer; color: var(--dim); margin-top: .6rem; }
 """
 _KEYS = {"in sync": "--good", "resync, rebuild": "--sync", "slow, errors, degraded": "--warn",
-         "failed, does not answer": "--bad", "not in the array": "--none", "read": "--read",
-         "write": "--write"}
+         "failed, does not answer": "--bad", "spare, not in the array": "--none",
+         "read": "--read", "write": "--write"}
 
 
 def page(scenario: Scenario, records: Sequence[Record]) -> str:

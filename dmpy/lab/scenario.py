@@ -125,7 +125,9 @@ class Variant:
 
     Attributes:
         title: the choice in words, empty where there is none.
-        devices: (name, table) from the bottom up, `{...}` filled in.
+        devices: (name, table) from the bottom up, `{...}` filled in. The table of an array of
+            Linux MD is not known before it is made; it is empty.
+        arrays: of those, by name: the words of `md` in the scenario.
         steps: likewise.
     """
 
@@ -133,6 +135,7 @@ class Variant:
     devices: tuple[tuple[str, str], ...]
     steps: tuple[Step, ...]
     expect: Expectation
+    arrays: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ class Scenario:
             for _, table in variant.devices
             for line in table.splitlines()
             if len(line.split()) > 2
-        }
+        } | {"md" for variant in self.variants if variant.arrays}
 
 
 # Verb -> (whether it names legs, argument -> type). A type is a Python type, a tuple of words, or
@@ -178,9 +181,9 @@ VERBS: dict[str, tuple[bool, dict[str, Any]]] = {
     "corrupt": (True, {"offset": "size", "length": "size"}),
     "slow": (True, {"delay": float}),
     "cut-power": (False, {"keep": ("some", "all", "none", "torn")}),
-    "start": (False, {"table": str, "device": str}),
+    "start": (False, {"table": str, "device": str, "without": list}),
     "stop": (False, {}),
-    "restart": (False, {"table": str, "device": str}),
+    "restart": (False, {"table": str, "device": str, "without": list}),
     "load": (False, {"table": str, "device": str}),
     "message": (False, {"text": str, "device": str, "sector": int}),
     "pause": (False, {}),
@@ -195,6 +198,11 @@ _NEEDED = {
 _WORKLOAD = {
     "over": ("nbd", "direct"), "clients": int, "requests": int, "block": "sizes", "reads": float,
     "zeroes": float, "fua": float, "flush_every": int, "rate": float, "area": float,
+}
+# Of an array of Linux MD; `others` are disks that may be added to it later.
+_MD = {
+    "level": ("0", "1", "4", "5", "6", "10"), "layout": str, "chunk": "size", "members": list,
+    "spares": list, "others": list, "bitmap": bool, "metadata": str, "clean": bool,
 }
 _EXPECT = {
     "data": ("intact", "unreadable", "damaged"), "errors": ("none", "some", "any"),
@@ -273,8 +281,9 @@ def parse(text: str, name: str = "scenario", *, where: str | None = None) -> Sce
     workload = _workload(values.get("workload", {}), f"{where}: workload")
     variants = []
     for title, choice in _choices(values.get("sweep", {}), legs, f"{where}: sweep"):
+        arrays: dict[str, dict[str, Any]] = {}
         devices = tuple(
-            _device(entry, choice, f"{where}: device {number}")
+            _device(entry, choice, legs, arrays, f"{where}: device {number}")
             for number, entry in enumerate(values["device"], 1)
         )
         steps = tuple(
@@ -282,7 +291,7 @@ def parse(text: str, name: str = "scenario", *, where: str | None = None) -> Sce
             for number, entry in enumerate(values.get("step", []), 1)
         )
         expect = _expectation(values.get("expect", {}), choice, f"{where}: expect")
-        variants.append(Variant(title, devices, steps, expect))
+        variants.append(Variant(title, devices, steps, expect, arrays))
     if not variants[0].devices:
         raise ScenarioError(f"{where}: device is missing")
     cuts = any(step.do == "cut-power" for variant in variants for step in variant.steps)
@@ -440,12 +449,31 @@ def _filled(text: str, choice: Mapping[str, Any], where: str) -> str:
             f"{where}: braces name what is swept over, {known} (got {error})") from None
 
 
-def _device(tree: Any, choice: Mapping[str, Any], where: str) -> tuple[str, str]:
-    values = _fields(tree, {"name": str, "table": str}, where)
-    for key in ("name", "table"):
-        if not values.get(key):
+# A device: (name, table). What an array of Linux MD is made of goes into `arrays`.
+def _device(
+    tree: Any, choice: Mapping[str, Any], legs: Mapping[str, int],
+    arrays: dict[str, dict[str, Any]], where: str,
+) -> tuple[str, str]:
+    values = _fields(tree, {"name": str, "table": str, "md": dict}, where)
+    if not values.get("name"):
+        raise ScenarioError(f"{where}: name is missing")
+    if ("table" in values) == ("md" in values):
+        raise ScenarioError(f"{where}: table is missing, or md, and not both")
+    if "table" in values:
+        return values["name"], _filled(values["table"], choice, f"{where}: table").strip()
+    where = f"{where}: md"
+    words = {key: _filled(value, choice, where) if isinstance(value, str) else value
+             for key, value in values["md"].items()}
+    if words.get("bitmap") in ("True", "False"):
+        words["bitmap"] = words["bitmap"] == "True"
+    made = _fields(words, _MD, where)
+    for key in ("level", "members"):
+        if not made.get(key):
             raise ScenarioError(f"{where}: {key} is missing")
-    return values["name"], _filled(values["table"], choice, f"{where}: table").strip()
+    for name in [*made["members"], *made.get("spares", []), *made.get("others", [])]:
+        _known_leg(name, legs, where)
+    arrays[values["name"]] = made
+    return values["name"], ""
 
 
 def _expectation(tree: Any, choice: Mapping[str, Any], where: str) -> Expectation:

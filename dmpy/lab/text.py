@@ -14,9 +14,9 @@ from dmpy.lab.timeline import STATES, lane, leg_state, rates, shown_legs, verdic
 __all__ = ["timeline"]
 
 _STYLES = {
-    "in_sync": "green", "optimal": "green", "slow": "yellow", "unused": "dim", "syncing": "cyan",
-    "rebuilding": "cyan", "errors": "yellow", "degraded": "yellow", "dead": "red",
-    "failed": "red", "off": "dim",
+    "in_sync": "green", "optimal": "green", "slow": "yellow", "unused": "dim", "spare": "dim green",
+    "syncing": "cyan", "rebuilding": "cyan", "errors": "yellow", "degraded": "yellow",
+    "dead": "red", "failed": "red", "off": "dim",
 }
 _BARS = "▁▂▃▄▅▆▇█"
 

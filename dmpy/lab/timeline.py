@@ -14,6 +14,7 @@ STATES = {
     "in_sync": ("━", "in sync"),
     "optimal": ("━", "optimal"),
     "slow": ("~", "slow"),
+    "spare": ("+", "spare"),
     "unused": ("·", "not in the array"),
     "syncing": ("▒", "syncing"),
     "rebuilding": ("▒", "being rebuilt"),

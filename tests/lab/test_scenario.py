@@ -81,6 +81,12 @@ def test_sets_of_legs_can_be_listed():
                                      "bytes)"),
     (GOOD.replace('"1M"', '"many"'), "legs: size: "),
     (GOOD.replace('name = "d"', ""), "device 1: name is missing"),
+    (GOOD.replace("table =", "#"), "device 1: table is missing, or md, and not both"),
+    (GOOD.replace("table =", "md = { level = '7', members = ['a'] } #"),
+     "device 1: md: level must be one of 0, 1, 4, 5, 6, 10 (got 7)"),
+    (GOOD.replace("table =", "md = { level = '5', members = ['z'] } #"),
+     "device 1: md: leg z is unknown (there are a, b, c, log)"),
+    (GOOD.replace("table =", "md = { level = '5' } #"), "device 1: md: members is missing"),
     (GOOD.replace("linear", "{x}"), "device 1: table: braces name what is swept over, nothing "
                                     "(got 'x')"),
     (GOOD + "[workload]\nover = 'air'", "workload: over must be one of nbd, direct (got air)"),
