@@ -24,11 +24,13 @@ All is direct I/O, so that nothing stays in the guest's memory.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import mmap
 import os
 import random
+import struct
 import subprocess
 import sys
 import threading
@@ -144,16 +146,33 @@ def _settle() -> dict[str, str]:
         time.sleep(0.02)
 
 
+# What `dmsetup message DEVICE 0 TEXT` does, in a hundredth of the time: struct dm_ioctl with a
+# struct dm_target_msg behind it.
+def _message(control: int, device: str, text: str) -> None:
+    start = struct.calcsize("<3I2I2iIIIQ128s129s7x")
+    message = struct.pack("<Q", 0) + text.encode() + b"\0"
+    head = struct.pack(
+        "<3I2I2iIIIQ128s129s7x",
+        *(4, 0, 0), start + len(message), start, 0, 0, 0, 0, 0, 0, device.encode(), b"",
+    )  # fmt: skip
+    target_message = 3 << 30 | start << 16 | 0xFD << 8 | 14
+    fcntl.ioctl(control, target_message, bytearray(head + message))
+
+
 def _scrub(devices: list[str]) -> dict[str, str]:
+    control = os.open("/dev/mapper/control", os.O_RDWR)
     for device in devices:
         if Path("/dev/mapper", device).exists():
-            _run(["dmsetup", "message", device, "0", "check"], True)
+            _message(control, device, "check")
+    os.close(control)
     return _settle()
 
 
 def _sysfs(devices: list[str], file: str, text: str) -> None:
     for device in devices:
-        Path(f"/sys/block/{Path(device).name}/md/{file}").write_text(text)
+        path = Path(f"/sys/block/{Path(device).name}/md/{file}")
+        if path.exists():  # RAID 0 has not all of them
+            path.write_text(text)
 
 
 def _idle(devices: list[str]) -> dict[str, int]:

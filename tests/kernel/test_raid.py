@@ -189,7 +189,7 @@ MADE = ALL + NEAR_SETS
 OURS = [
     one._replace(ours=True)
     for one in SETS
-    if one.type != "raid10" or one.devices in (3, 5) or one.format == "near"
+    if one.devices in (3, 5) or one.name in ("raid1-2-8", "raid4-4-16", "raid6_nc-6-16")
 ]
 
 
