@@ -32,6 +32,8 @@ EXPORT_PREFIX = "attached/"
 
 # Seconds between two looks at a node whose device goes when nobody uses it any more.
 _POLL = 0.5
+# Seconds that close() waits for others to be done with nodes.
+_CLOSE_PATIENCE = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -183,6 +185,11 @@ class Attachments:
         puts it off); a node that nobody uses is detached first, and attached again if the Mapper
         refuses all the same.
         """
+        # Without the lock, since a removal can wait for requests, and those for ever. What is
+        # attached meanwhile goes when the Mapper tells of the removal.
+        if self._find(device) is None:
+            yield
+            return
         with self._lock:
             if self._find(device) is None:
                 yield
@@ -234,8 +241,7 @@ class Attachments:
 
     def users(self) -> list[str]:
         """Say of each node in use who uses it, as sentences."""
-        with self._lock:
-            found = [(each, _use(each.node)) for each in self._attached.values()]
+        found = [(each, _use(each.node)) for each in list(self._attached.values())]
         return [f"{each.node} of {each.device.name} is {user}" for each, user in found if user]
 
     def refuse_more(self) -> None:
@@ -245,7 +251,11 @@ class Attachments:
     def close(self) -> None:
         """Detach everything that nobody uses; what is in use is logged and stays."""
         self.refuse_more()
-        with self._lock:
+        # Whoever has the lock may wait for requests that only fail once this is over.
+        if not self._lock.acquire(timeout=_CLOSE_PATIENCE):
+            _log.error("nodes stay attached: one is being attached, detached or removed")
+            return
+        try:
             for minor, found in list(self._attached.items()):
                 try:
                     self._make_quiet(found.device)
@@ -253,6 +263,8 @@ class Attachments:
                 except OSError as error:
                     _log.error("%s of device %s stays attached: %s",
                                found.node, found.device.name, error)
+        finally:
+            self._lock.release()
 
     def _find(self, device: MappedDevice) -> _Attached | None:
         found = self._attached.get(device.minor)

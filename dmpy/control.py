@@ -667,7 +667,7 @@ class ControlServer:
         for connection in connections:
             connection.end(socket.SHUT_RD)
         self.attachments.refuse_more()
-        self._ready.wait()
+        self._ready.wait(_STOP_PATIENCE)
         self.attachments.close()
         deadline = time.monotonic() + _STOP_PATIENCE
         for connection in connections:

@@ -700,6 +700,37 @@ def links(client) -> dict[str, str]:
     return {path.name: os.readlink(path) for path in client.devdir.iterdir()}
 
 
+def test_a_removal_that_waits_for_requests_does_not_keep_the_server_from_ending(
+    mapper, server, client, monkeypatch
+):
+    """`dmpy shutdown` and SIGTERM hung with it: requests fail only at the very end."""
+    monkeypatch.setattr(control, "_STOP_PATIENCE", 0.2)
+    client.call("create", name="low", table="0 8 zero")
+    client.call("create", name="top", table="0 8 linear low 0")
+    client.call("suspend", name="low")
+    device = mapper.device("top")
+    errors = []
+
+    def read():
+        try:
+            device.preadv([memoryview(bytearray(512))], 0)
+        except OSError as error:
+            errors.append(error.errno)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    wait_until(lambda: device.in_flight)
+    remover = Raw(server.path)
+    remover.send(REQUEST | {"method": "remove", "params": {"name": "top", "force": True}})
+    wait_until(lambda: device.suspended)
+    assert client.call("shutdown") == {}
+    server.stop()
+    mapper.close()
+    reader.join(10)
+    assert errors == [errno.ESHUTDOWN]
+    remover.close()
+
+
 def test_what_is_live_at_the_start_is_attached_before_the_first_reply(attaching):
     assert attaching.call("info", name="old")["attached"] == "/dev/loop901"
     assert links(attaching) == {"old": "/dev/loop901"}
