@@ -31,8 +31,6 @@ _REFUSED_FEATURES = {
     "RESHAPE_BACKWARDS": "a reshape is under way",
     "NEW_OFFSET": "a reshape is under way",
     "CLUSTERED": "it belongs to a cluster",
-    "PPL": "it has a partial parity log (PPL)",
-    "MULTIPLE_PPLS": "it has partial parity logs (MULTIPLE_PPLS)",
 }
 
 
@@ -79,6 +77,11 @@ class Assembly:
     def uuid(self) -> str:
         """The array's UUID as mdadm prints it."""
         return self.newest.uuid
+
+    @property
+    def has_ppl(self) -> bool:
+        """Whether its members have partial parity logs."""
+        return self.newest.ppl_feature is not None
 
     @property
     def missing(self) -> list[int]:
@@ -218,6 +221,8 @@ def _check_features(newest: Disk, disks: Sequence[Disk]) -> None:
         if name in newest.features:
             raise _refuse(f"the array cannot be used: {what} ({newest.name}: feature {name})",
                           errno.EOPNOTSUPP)
+    if newest.ppl_feature is not None and newest.level != 5:
+        raise _refuse(f"{newest.name}: a partial parity log is for raid5 (got raid{newest.level})")
     if not 1 <= newest.raid_disks:
         raise _refuse(f"{newest.name}: an array of {newest.raid_disks} places")
     # Refuses levels that are none of ours.
@@ -342,6 +347,9 @@ def _check_enough(found: Assembly) -> None:
 def _check_clean(found: Assembly, force: bool) -> None:
     parity = found.geometry.level.parity
     if not parity or found.resync_offset is None or len(found.working) == len(found.slots):
+        return
+    if found.has_ppl:
+        # The log makes it right.
         return
     if not force:
         gone = sorted(set(range(len(found.slots))) - found.working)

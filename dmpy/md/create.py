@@ -488,7 +488,11 @@ def joining_disk(newest: Disk, medium: Medium, device: BlockDevice, size: int) -
                 level=old.level, layout=old.layout, raid_disks=old.raid_disks, ctime=old.ctime,
                 chunksize=old.chunksize, set_uuid=old.set_uuid, device_uuid=os.urandom(16),
                 set_name=old.set_name, dev_roles=list(old.dev_roles),
+                ppl=newest.ppl_feature is not None,
             )
+            if newest.ppl_feature is not None:
+                fresh.set_feature("PPL", False)
+                fresh.set_feature(newest.ppl_feature)
             fresh.set_feature("RAID0_LAYOUT", old.has("RAID0_LAYOUT"))
             disk = Disk1(medium, name, device.size, version, fresh, sector)
     except (ValueError, FormatError) as error:

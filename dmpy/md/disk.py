@@ -122,6 +122,7 @@ class ArrayState:
         size: bytes of each member that the array uses; 0 where each is used whole.
         raid_disks: places in the array.
         bitmap: there is a write-intent bitmap.
+        ppl: the partial parity logs of those that have some count again.
         places: of all disks, by number.
         utime: seconds.
     """
@@ -134,6 +135,7 @@ class ArrayState:
     bitmap: bool
     places: dict[int, Place] = field(default_factory=dict)
     utime: int = 0
+    ppl: bool = False
 
 
 def _resync_sectors(state: ArrayState) -> int:
@@ -190,6 +192,10 @@ class Disk(ABC):
         self.superblock = superblock
         self.sector = sector
         self.load()
+        # The feature that says that it has a partial parity log, which is not there while in use.
+        self.ppl_feature = next(
+            (name for name in self.features if name in ("PPL", "MULTIPLE_PPLS")), None
+        )
 
     def __repr__(self) -> str:
         return f"<Disk {self.name} {self.version} {self.role} events {self.events}>"
@@ -355,6 +361,8 @@ class Disk1(Disk):
         sb.raid_disks, sb.size = state.raid_disks, state.size >> SECTOR_SHIFT
         sb.set_feature("BITMAP_OFFSET", state.bitmap)
         sb.set_feature("REPLACEMENT", False)
+        if self.ppl_feature is not None:
+            sb.set_feature(self.ppl_feature, state.ppl)
         recovering = isinstance(place.role, int) and not place.in_sync
         sb.set_feature("RECOVERY_OFFSET", recovering)
         sb.set_feature("RECOVERY_BITMAP", recovering and place.by_bitmap)

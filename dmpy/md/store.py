@@ -57,6 +57,8 @@ class MDStore(Store):
         self._active = assembly.resync_offset is not None and assembly.bitmap is not None
         # Members may disagree since the last time, and that is not mended yet.
         self._crashed = self._active
+        # The array is being left: what was switched off while in use is switched on again.
+        self._leaving = False
         self._header: BitmapSuper | None = assembly.bitmap
         self._area = bytearray()
         self._bits: Bits | None = None
@@ -159,6 +161,7 @@ class MDStore(Store):
         return ArrayState(
             self.events, array.resync_offset, clean, self.size, self.raid_disks,
             self._bits is not None, places,
+            ppl=self._leaving and clean and array.resync_offset is None,
         )
 
     # Write bitmaps' headers and superblocks; returns whether one failed and was left out.
@@ -356,6 +359,7 @@ class MDStore(Store):
             OSError: no superblock could be written.
         """
         self._array = array
+        self._leaving = False
         if self._crashed and not self.dirty_regions():
             self._active = self._crashed = False
             array.resync_offset = None
@@ -389,7 +393,9 @@ class MDStore(Store):
         self._regions.clear()
         if self._active and not self._crashed:
             self._active = False
+        self._leaving = True
         self.update(array)
+        self._leaving = False
         self.flush()
 
 

@@ -22,6 +22,7 @@ from dmpy.md.assemble import Assembly, assemble
 from dmpy.md.bad_blocks import CarefulLeg
 from dmpy.md.create import geometry_of, joining_disk, layout_name, what_is_there
 from dmpy.md.disk import Disk, open_disk
+from dmpy.md.ppl import replay
 from dmpy.md.store import MDStore
 from dmpy.md.twin import TwinLeg
 from dmpy.raid import make_array
@@ -491,6 +492,8 @@ class MD(Target):
         except FormatError as error:
             raise DeviceError(errno.EINVAL, str(error)) from None
         found = assemble(disks)
+        if found.has_ppl and found.resync_offset is not None:
+            self._replay(found)
         if found.geometry.size < self.size:
             raise DeviceError(
                 errno.EINVAL,
@@ -522,6 +525,23 @@ class MD(Target):
             self._store.start(array)
         self.assembly, self.array = found, array
         self.syncer = Syncer(array)
+
+    # Make parity right that a crash left in mid-stripe. When the logs have no gap nothing is left
+    # to be synced.
+    def _replay(self, found: Assembly) -> None:
+        degraded = len(found.working) < len(found.slots)
+        if self._readonly:
+            if degraded:
+                raise DeviceError(errno.EROFS, "md: the partial parity log has to be replayed")
+            return
+        done = replay(found)
+        if done.mismatches and degraded:
+            raise DeviceError(
+                errno.EIO, f"md: the array is degraded and {done.mismatches} entries of its "
+                "partial parity logs are damaged"
+            )
+        if not done.mismatches and (done.entries or degraded):
+            found.resync_offset = None
 
     # Bytes that a bit stands for. Without a bitmap all is one region: what is kept of it is whether
     # it is being written.

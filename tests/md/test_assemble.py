@@ -232,7 +232,6 @@ def test_numbers_that_make_no_array_are_refused(make, fields, words):
 @pytest.mark.parametrize(("feature", "words"), [
     ("RESHAPE_ACTIVE", "a reshape is under way"),
     ("CLUSTERED", "belongs to a cluster"),
-    ("PPL", "partial parity log"),
     ("JOURNAL", "has a write journal"),
 ])
 def test_features_that_are_not_supported_are_named(make, feature, words):
@@ -240,9 +239,6 @@ def test_features_that_are_not_supported_are_named(make, feature, words):
     for leaf in leaves:
         disk = disk_of(leaf)
         disk.superblock.set_feature(feature)
-        if feature == "PPL":
-            disk.superblock.set_ppl(8, 8)
-            disk.superblock.bblog_size = disk.superblock.bblog_offset = 0
         leaf.pwritev([memoryview(disk.superblock.encode())], disk.byte)
     sentence = refused(leaves)
     assert words in sentence
