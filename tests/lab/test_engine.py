@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from dmpy.lab import Lab, find, parse
+from dmpy.lab import Lab, engine, find, parse
+from dmpy.lab.observe import Observation
 from tests import needs
 
 
@@ -372,3 +373,61 @@ def test_events_are_told_as_they_happen(lab):
     record = Lab(text, text.variants[0], listener=heard.append).run()
     assert heard == record.events
     assert scenario.target_types == {"striped"}
+
+
+def test_progress_of_nothing_is_said(lab, monkeypatch):
+    monkeypatch.setattr(engine, "_BEGINS_WITHIN", 0.1)
+    record = lab("""
+        [[step]]
+        do = "fail"
+        leg = "a"
+        progress = 0.5
+    """)
+    assert record.complaints[0] == "step 1, fail: no resync or rebuild is under way"
+
+
+def test_a_share_of_progress_is_reached_or_passed():
+    part = Observation(done=5, total=10, action="recover")
+    over = Observation(done=10, total=10)
+    assert engine._is_so_far(part, 0.5, True)
+    assert not engine._is_so_far(part, 0.6, True)
+    assert engine._is_so_far(over, 0.6, True)
+    assert not engine._is_so_far(over, 0.6, False)
+
+
+def test_an_array_of_md_is_made_and_its_spare_takes_over():
+    text = """
+        title = "t"
+        legs = { count = 4, size = "6M" }
+        [[device]]
+        name = "md0"
+        md = { level = "5", members = ["a", "b", "c"], spares = ["d"] }
+        [workload]
+        over = "direct"
+        requests = 200
+        rate = 2000
+        [[step]]
+        do = "fail"
+        leg = "a"
+        after = 50
+        [[step]]
+        do = "wait"
+        when = "degraded"
+        [[step]]
+        do = "wait"
+        when = "optimal"
+        [expect]
+        degraded = true
+    """
+    scenario = parse(text)
+    record = Lab(scenario, scenario.variants[0], seed=2).run()
+    assert record.ok, record.complaints
+    assert record.samples[0].legs["d"] == "spare"
+    assert record.samples[-1].legs["d"] == "in_sync"
+
+
+def test_an_array_of_md_that_cannot_be_made_is_said():
+    scenario = parse('title = "t"\nlegs = { count = 1, size = "6M" }\n[[device]]\nname = "d"\n'
+                     'md = { level = "5", members = ["a"] }')
+    record = Lab(scenario, scenario.variants[0]).run()
+    assert record.complaints[0].startswith("array d cannot be made: ")
