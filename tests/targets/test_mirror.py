@@ -344,6 +344,9 @@ class Rig:
         return self
 
     def __exit__(self, *error):
+        # A test that failed must not hang as well.
+        for leg in self.legs:
+            leg.release()
         self.target.presuspend()
         self.target.postsuspend()
 
@@ -383,8 +386,9 @@ def test_legs_are_tried_downward_from_the_default_one():
         assert [leg.calls["read"] for leg in rig.legs] == [1, 0, 0, 1]
 
 
-def test_a_read_of_what_is_not_in_sync_is_not_answered_by_another_leg():
-    rig = Rig(log="", start=False)
+@pytest.mark.parametrize("handle_errors", [False, True])
+def test_a_read_of_what_is_not_in_sync_is_not_answered_by_another_leg(handle_errors):
+    rig = Rig(log="", start=False, handle_errors=handle_errors)
     rig.legs[0].fail(ops=["read"])
     with pytest.raises(OSError) as caught:
         read(rig.target, 0, SECTOR)
@@ -394,6 +398,7 @@ def test_a_read_of_what_is_not_in_sync_is_not_answered_by_another_leg():
         read(rig.target, 0, SECTOR)
     assert rig.legs[1].calls["read"] == 0
     assert rig.health == "RA"
+    assert rig.target.default == 0
 
 
 def test_a_write_that_fails_on_a_leg_succeeds_and_its_region_is_not_in_sync():
@@ -602,6 +607,38 @@ def test_a_region_that_is_being_copied_keeps_writers_out():
         assert (rig.content(0) == rig.content(1)).all()
 
 
+def test_a_copy_waits_for_the_writes_to_its_region():
+    rig = Rig(log="", start=False)
+    rig.legs[0].hang(["write"], [(0, REGION)])
+    thread = threading.Thread(target=lambda: write(rig.target, 0, b"x" * SECTOR))
+    thread.start()
+    rig.legs[0].wait_hanging()
+    with rig:
+        rig.target.resume()
+        wait_until(lambda: rig.target._recovering == 0, "the turn of the region")
+        time.sleep(0.01)
+        assert rig.legs[0].calls["read"] == 0
+        rig.legs[0].release()
+        thread.join(10)
+        wait_until(lambda: synced(rig.target), "the copy")
+    assert rig.content(1)[:SECTOR].tobytes() == b"x" * SECTOR
+
+
+def test_a_suspend_ends_a_copy_that_waits_for_a_write():
+    rig = Rig(log="", start=False)
+    rig.legs[0].hang(["write"], [(0, REGION)])
+    thread = threading.Thread(target=lambda: write(rig.target, 0, b"x" * SECTOR))
+    thread.start()
+    rig.legs[0].wait_hanging()
+    rig.target.resume()
+    wait_until(lambda: rig.target._recovering == 0, "the turn of the region")
+    rig.target.presuspend()
+    assert not synced(rig.target)
+    rig.legs[0].release()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def test_a_suspend_ends_the_copy_and_resume_goes_on():
     rig = Rig(log="", start=False)
     for leg in rig.legs:
@@ -756,6 +793,40 @@ def test_regions_are_called_clean_after_a_flush_of_the_legs():
         assert regions(rig.log.device)[1] == set(range(8))
 
 
+def test_a_region_that_is_written_to_during_that_flush_is_not_called_clean():
+    with Rig(disk=True) as rig:
+        write(rig.target, 2 * REGION, b"x" * SECTOR)
+        write(rig.target, 5 * REGION, b"x" * SECTOR)
+        plain = rig.legs[0].device.flush
+        rig.legs[0].device.flush = lambda: (plain(), write(rig.target, 2 * REGION, b"y" * SECTOR))
+        rig.target._clean_regions(time.monotonic())
+        assert regions(rig.log.device)[1] == set(range(8)) - {2}
+        rig.legs[0].device.flush = plain
+
+
+def test_a_region_that_is_being_written_to_is_not_called_clean():
+    with Rig(disk=True) as rig:
+        write(rig.target, 2 * REGION, b"x" * SECTOR)
+        rig.legs[1].hang(["write"])
+        thread = threading.Thread(target=lambda: write(rig.target, 2 * REGION, b"y" * SECTOR))
+        thread.start()
+        rig.legs[1].wait_hanging()
+        rig.target._clean_regions(time.monotonic())
+        assert 2 not in regions(rig.log.device)[1]
+        rig.legs[1].release()
+        thread.join(10)
+
+
+def test_once_a_flush_has_failed_no_region_is_called_clean():
+    with Rig(disk=True) as rig:
+        write(rig.target, 2 * REGION, b"x" * SECTOR)
+        rig.legs[1].fail(ops=["flush"])
+        rig.target.flush()
+        rig.target._clean_regions(time.monotonic())
+        assert rig.target.status() == "2 leg0 leg1 7/8 1 AD 3 disk log A"
+    assert 2 not in regions(rig.log.device)[1]
+
+
 def test_a_suspended_mirror_leaves_a_clean_log():
     with Rig(disk=True) as rig:
         write(rig.target, 2 * REGION, b"x" * SECTOR)
@@ -867,12 +938,15 @@ def test_with_keep_log_a_write_without_a_log_fails():
         assert rig.legs[0].calls["write"] == 0
 
 
-def test_a_log_that_failed_for_a_moment_is_written_whole_afterwards():
+@pytest.mark.parametrize("op", ["write", "flush"])
+def test_a_log_that_failed_for_a_moment_is_written_by_the_next_write(op):
     with Rig(disk=True) as rig:
-        rig.log.fail(ops=["flush"])
+        rig.log.fail(ops=[op])
         write(rig.target, 0, b"x" * SECTOR)
-        write(rig.target, 3 * REGION, b"x" * SECTOR)
-        assert regions(rig.log.device)[1] == set(range(8)) - {0, 3}
+        flushes = rig.log.device.calls["flush"]
+        write(rig.target, 0, b"x" * SECTOR)
+        assert regions(rig.log.device)[1] == set(range(8)) - {0}
+        assert rig.log.device.calls["flush"] == flushes + 1
 
 
 def test_an_opened_log_has_only_its_dirty_regions_copied():
