@@ -54,13 +54,16 @@ class _Devices:
         session: of the command.
         words: as typed.
         readonly: open them for reading.
+        in_use: take those too that a server uses; what is read may change meanwhile.
 
     Attributes:
         opened: device by word, in the order of the command line.
     """
 
-    def __init__(self, session: Session, words: Sequence[str], *, readonly: bool = True) -> None:
+    def __init__(self, session: Session, words: Sequence[str], *, readonly: bool = True,
+                 in_use: bool = False) -> None:
         self._session = session
+        self._in_use = in_use
         self._readonly = readonly
         self._words: dict[int, str] = {}
         self.opened: dict[str, Any] = {}
@@ -78,7 +81,12 @@ class _Devices:
         from dmpy.backing import open_leaf
 
         target, table_word = self._place(word)
-        leaf = open_leaf(target, readonly=self._readonly, cwd=os.getcwd())
+        try:
+            leaf = open_leaf(target, readonly=self._readonly, cwd=os.getcwd())
+        except OSError as error:
+            if error.errno != errno.EBUSY or not self._in_use:
+                raise
+            leaf = _UsedFile(target)
         if table_word != target:
             leaf.name = word
         self.opened[word] = leaf
@@ -121,6 +129,23 @@ class _Devices:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+# A file that is in use, for looking at.
+class _UsedFile:
+    def __init__(self, path: str) -> None:
+        self.name = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.lseek(self._fd, 0, os.SEEK_END)
+
+    def preadv(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Read as BlockDevice.preadv() does."""
+        if os.preadv(self._fd, buffers, offset) != sum(map(len, buffers)):
+            raise OSError(errno.EIO, f"{self.name}: ends before byte {self.size}")
+
+    def close(self) -> None:
+        """Give the file back."""
+        os.close(self._fd)
 
 
 # Refuse a name that is taken before a superblock is written.
@@ -406,7 +431,7 @@ def _examine(session: Session, devices: tuple[str, ...], as_json: bool) -> None:
     from dmpy.md.assemble import disk_of
     from dmpy.md.examine import describe, text
 
-    with _Devices(session, devices) as opened:
+    with _Devices(session, devices, in_use=True) as opened:
         found = [describe(disk_of(leaf)) for leaf in opened.opened.values()]
     emit(found if len(found) > 1 else found[0], "\n\n".join(map(text, found)), as_json)
 

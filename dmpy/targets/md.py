@@ -36,7 +36,7 @@ __all__ = ["MD"]
 # MD_SB_DISKS for 0.90; roles of 1.x fill a page.
 _MOST_DEVICES = 1920
 _FOR_DISKS = ("fail", "remove", "add", "re-add")
-_MESSAGES = (*ACTIONS, *_FOR_DISKS, "replace", "grow", "detail")
+_MESSAGES = (*ACTIONS, *_FOR_DISKS, "replace", "grow", "sync_speed_max", "detail")
 
 
 class MD(Target):
@@ -67,6 +67,8 @@ class MD(Target):
         # The disk that a device is, and where its data is, once the array is in use.
         self._disks: dict[int, Disk] = {}
         self._data: dict[int, Leg] = {}
+        # What is wrong with the superblock of a device.
+        self._damaged: dict[int, FormatError] = {}
         self._readonly = any(leg.device.readonly for leg in there)
 
     # Which of its devices are members is found out later, and no part of what a table says.
@@ -107,20 +109,28 @@ class MD(Target):
         return f"{self.uuid} {len(words)} {' '.join(words)}"
 
     def look(self) -> list[Disk]:
-        """Read the superblocks of this array from the devices.
+        """Read the superblocks of this array from the devices; damaged ones are left out.
 
         Raises:
-            FormatError: one is damaged.
+            FormatError: all that there are are damaged.
+            OSError: a device cannot be read.
         """
-        self._disks = {}
+        self._disks, self._damaged = {}, {}
         for leg in self.devices:
             if leg is None:
                 continue
-            disk = open_disk(
-                leg, leg.device.name, leg.device.size, prefer=lambda each: each.uuid == self.uuid
-            )
+            try:
+                disk = open_disk(
+                    leg, leg.device.name, leg.device.size,
+                    prefer=lambda each: each.uuid == self.uuid,
+                )
+            except FormatError as error:
+                self._damaged[id(leg)] = error
+                continue
             if disk is not None and disk.uuid == self.uuid:
                 self._disks[id(leg)] = disk
+        if self._damaged and not self._disks:
+            raise next(iter(self._damaged.values()))
         return list(self._disks.values())
 
     # Status
@@ -185,6 +195,7 @@ class MD(Target):
             place, state = self._role_words(leg)
             disk = self._disks.get(id(leg))
             reasons = [each.reason for each in self.assembly.left_out if each.disk is disk]
+            reasons += [str(self._damaged[key]) for key in [id(leg)] if key in self._damaged]
             devices.append({
                 "device": leg.device.table_name,
                 "place": None if place == "-" else int(place),
@@ -269,6 +280,8 @@ class MD(Target):
                 {"fail": self._fail, "remove": self._remove, "re-add": self._re_add}[verb](leg)
         elif verb == "replace" and len(rest) == 2:
             self._replace(self._find(rest[0]), self._find(rest[1]))
+        elif verb == "sync_speed_max" and len(rest) == 1 and rest[0].isdecimal():
+            self.syncer.maximum_rate = int(rest[0][:15]) << 10
         elif verb == "grow" and len(rest) == 2:
             return self._grow(*rest)
         else:

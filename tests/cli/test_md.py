@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -109,6 +110,8 @@ def test_a_superblock_is_zeroed(dmpy, disks):
     a, b = disks(2)
     dmpy.ok("md", "create", "m", "-l", "1", "-e", "1.0", "--assume-clean", a, b)
     assert a in dmpy.refused("md", "zero-superblock", a)
+    # Looking does no harm.
+    assert dmpy.ok("md", "examine", a, "--json").json()["role"] == 0
     dmpy.ok("md", "stop", "m")
     assert "Array UUID" in dmpy.ok("md", "examine", a, b).out
     dmpy.ok("md", "zero-superblock", a)
@@ -186,3 +189,18 @@ def test_an_array_comes_back_with_the_server(own_dmpy, disks):
     found = own_dmpy.ok("md", "detail", "m", "--wait", "--json").json()
     assert (found["health"], found["degraded"]) == ("UU", 0)
     own_dmpy.ok("md", "stop", "m")
+
+
+def test_a_server_that_is_killed_leaves_what_can_be_synced(own_dmpy, disks):
+    a, b, c = disks(3, 64)
+    own_dmpy.ok("md", "create", "r", "-l", "5", "--bitmap", "--bitmap-chunk", "64K", a, b, c)
+    own_dmpy.ok("message", "r", "0", "sync_speed_max", "20000")
+    assert own_dmpy.ok("md", "detail", "r", "--json").json()["action"] == "resync"
+    os.kill(own_dmpy.pid(), signal.SIGKILL)
+    assert own_dmpy("serve", "--background").status == 0
+    found = own_dmpy.ok("md", "detail", "r", "--wait", "--json").json()
+    assert (found["health"], found["action"]) == ("UUU", "idle")
+    assert own_dmpy.ok("md", "check", "r", "--wait").out == "0 sectors disagree\n"
+    own_dmpy.ok("md", "stop", "r")
+    # Orderly: no resync the next time.
+    assert own_dmpy.ok("md", "examine", a, "--json").json()["state"] == "clean"

@@ -345,3 +345,35 @@ def test_writes_after_a_suspend_are_known_to_the_superblocks(tmp_path, bitmap):
         assert detail(device)["state"] == "clean"
         write(device, b"2" * 4096)
         assert detail(device)["state"] == "active"
+
+
+def test_syncing_keeps_to_its_speed_limit_and_can_be_paused(tmp_path):
+    _, table = make(tmp_path, 2, Recipe(1), mib=16)
+    with Mapper() as dm:
+        device = dm.create("r", table)
+        target = settle(device)
+        # A window of 1 MiB, and then a rest of more than any test has patience for.
+        dm.message("r", 0, "sync_speed_max 1")
+        dm.message("r", 0, "repair")
+        assert detail(device)["due"]
+        with pytest.raises(OSError, match="is going on"):
+            for _ in range(100_000):
+                dm.message("r", 0, "check")
+        dm.message("r", 0, "frozen")
+        assert target.syncer.wait_idle(5)
+        assert detail(device)["action"] == "frozen"
+        dm.message("r", 0, "sync_speed_max 0")
+        dm.message("r", 0, "check")
+        assert settle(device).array.mismatches == 0
+
+
+def test_a_member_whose_superblock_is_damaged_is_left_out(tmp_path):
+    paths, table = make(tmp_path, 3, Recipe(5, chunk_size=4096, assume_clean=True))
+    block = bytearray(paths[1].read_bytes())
+    block[4096 + 100] ^= 1
+    paths[1].write_bytes(block)
+    with Mapper() as dm:
+        device = dm.create("r", table)
+        assert detail(device)["health"] == "U_U"
+        assert "sb_csum" in detail(device)["devices"][1]["reason"]
+    assert paths[1].read_bytes() == block
