@@ -117,13 +117,15 @@ class Set(NamedTuple):
     def node(self) -> str:
         return f"/dev/mapper/{self.name}"
 
-    def table(self, without: Iterable[int] = ()) -> str:
-        """Return its table, with `- -` in place of some devices."""
+    def table(self, without: Iterable[int] = (), rebuild: Iterable[int] = ()) -> str:
+        """Return its table, with `- -` in place of some devices, and others to be rebuilt."""
         params = [str(0 if self.type == "raid1" else self.chunk)]
         if self.format:
             params += ["raid10_copies", str(self.copies), "raid10_format", self.format]
         params += ["raid10_use_near_sets"] if self.near_sets else []
         params += self.params.split()
+        for place in rebuild:
+            params += ["rebuild", str(place)]
         pairs = [
             "- -" if place in without else f"{self.node()}-m{place} {self.node()}-d{place}"
             for place in range(self.devices)
@@ -183,6 +185,8 @@ DIRTY = [
     Set("raid10", 4, 8, 2, "near", dirty=True, params=_REGIONS),
     Set("raid10", 5, 8, 2, "offset", dirty=True),
 ]
+# Who brings the lost devices back.
+REBUILT_BY_DMPY, REBUILT_BY_KERNEL = DEGRADED[::2], DEGRADED[1::2]
 ALL = SETS + DEGRADED + DIRTY
 MADE = ALL + NEAR_SETS
 # Sets that dmpy makes; some stop before they are synced.
@@ -446,6 +450,42 @@ class Ours:
     tables: dict[str, str]
 
 
+def _rebuild(mapper: dmpy.Mapper, one: Set, data: bytes) -> None:
+    # Bring the lost devices back, check, close.
+    device = mapper.create(one.name, one.table(rebuild=one.lost))
+    try:
+        assert _read(device) == data, "reads otherwise with devices to be rebuilt"
+        _wait_idle(device)
+        mapper.message(one.name, 0, "check")
+        status = _wait_idle(device)
+        assert status.split()[5] == "A" * one.devices, status
+        assert _mismatches(status) == 0, status
+        assert _read(device) == data, "reads otherwise when it is rebuilt"
+    finally:
+        mapper.suspend(one.name)
+        mapper.remove(one.name)
+
+
+def _tear(one: Set, disk: Path) -> None:
+    # Damage what makes a set redundant, in a region that was being written when the power was cut.
+    geometry, sector = one.geometry, _places(MADE)[one.name, 0]
+    region_size = int(one.params.split()[-1]) * SECTOR_SIZE if one.params else one.size
+    with disk.open("r+b") as file:
+        file.seek(sector * SECTOR_SIZE + 4096 + 256)
+        bits = np.unpackbits(np.frombuffer(file.read(16), np.uint8), bitorder="little")
+        # Bits are set beyond the last region too.
+        synced = one.size if one.type == "raid10" else geometry.member_size
+        place = int(bits[: -(-synced // region_size)].nonzero()[0][-1]) * region_size
+        if LEVELS[one.type].parity:
+            row = place // (one.chunk * SECTOR_SIZE)
+            member, offset = geometry.stripe(row).p, row * one.chunk * SECTOR_SIZE
+        else:
+            member, offset, _ = geometry.copies(place, BLOCK)[0][1]
+        sector = _places(MADE)[one.name, member] + META_SECTORS
+        file.seek(sector * SECTOR_SIZE + offset)
+        file.write(b"torn" * (BLOCK // 4))
+
+
 def _use(mapper: dmpy.Mapper, one: Set, found: Ours) -> None:
     # Open or make a set, compare, write, check, close.
     device = mapper.create(one.name, one.table(one.lost))
@@ -457,11 +497,12 @@ def _use(mapper: dmpy.Mapper, one: Set, found: Ours) -> None:
             device.pwritev([memoryview(first)], 0)
             data = bytearray(first)
         else:
+            first = _read(device)
+            _wait_idle(device)
             data = bytearray(_read(device))
+            assert one.dirty or first == data, "reads otherwise when it is idle"
             problem = _as_it_was(one, data)
             assert not problem, f"as the kernel left it: {problem}"
-            _wait_idle(device)
-            assert _read(device) == data, "reads otherwise when it is idle"
         _write_here_and_there(device, data, _seed(one, 3))
         assert _read(device) == data, "reads otherwise than what was written"
         found.data[one.name] = bytes(data)
@@ -485,6 +526,8 @@ def ours(made) -> Ours:
     with own.open("wb") as file:
         file.truncate(_disk_size(OURS))
     found = Ours(disk, own, {}, {}, {}, {})
+    for one in DIRTY:
+        _tear(one, disk)
     begin = time.monotonic()
     for sets, image in ((ALL, disk), (OURS, own)):
         with dmpy.Mapper() as mapper:
@@ -493,6 +536,8 @@ def ours(made) -> Ours:
             for one in sets:
                 try:
                     _use(mapper, one, found)
+                    if one in REBUILT_BY_DMPY:
+                        _rebuild(mapper, one, found.data[one.name])
                 except (AssertionError, ValueError, OSError) as error:
                     found.wrong[one.name] = f"{type(error).__name__}: {error}"
     print(f"dmpy: {time.monotonic() - begin:.1f} s")
@@ -530,15 +575,24 @@ class Judged:
     tables: dict[str, str]
 
 
+def _lost(one: Set) -> tuple[int, ...]:
+    # The devices that a set lacks when the kernel sees it again.
+    return () if one in REBUILT_BY_DMPY else one.lost
+
+
 def _judge_steps(sets: list[Set], slices: dict[str, str]) -> list[list]:
+    rebuilt = [one for one in sets if one in REBUILT_BY_KERNEL]
     return [
         _create(slices),
-        _create({one.name: one.table(one.lost) for one in sets}),
+        _create({one.name: one.table(_lost(one)) for one in sets}),
         ["settle"],
         ["run", ["dmsetup", "table", "--target", "raid"]],
         *(["digest", one.node()] for one in sets),
         _scrub(sets),
         *(["fill", one.node(), _seed(one, 2)] for one in sets),
+        _remove(rebuilt) if rebuilt else ["settle"],
+        _create({one.name: one.table(rebuild=one.lost) for one in rebuilt}),
+        ["settle"],
         _scrub(sets),
         ["run", ["dmsetup", "remove_all"]],
     ]
@@ -552,10 +606,11 @@ def judged(ours) -> Judged:
         for index, sets in enumerate((ALL, OURS))
     ]
     steps = [step for part in parts for step in _judge_steps(*part)]
-    answers = _do_in_guest(ours.disk.with_name("judge"), [ours.disk, ours.made], steps)
+    disks = [ours.disk, ours.made]
+    answers = _do_in_guest(ours.disk.with_name("judge"), disks, steps)
     found = Judged({}, {}, {}, {}, {}, {})
     for sets, _ in parts:
-        part, answers = answers[: 7 + 2 * len(sets)], answers[7 + 2 * len(sets) :]
+        part, answers = answers[: 10 + 2 * len(sets)], answers[10 + 2 * len(sets) :]
         found.refused.update(part[1])
         found.first.update(part[2])
         found.tables.update(line.split(": ", 1) for line in part[3][1].splitlines())
@@ -595,8 +650,10 @@ def test_kernel_finds_no_mismatch_in_what_dmpy_left(judged, ours, one):
 def test_kernel_takes_every_device_for_in_sync(judged, ours, one):
     _here(one, ours, judged)
     health = judged.first[one.name].split()[5]
-    expected = "".join("-" if place in one.lost else "A" for place in range(one.devices))
+    lost = _lost(one)
+    expected = "".join("-" if place in lost else "A" for place in range(one.devices))
     assert health == expected, judged.first[one.name]
+    assert judged.last[one.name].split()[5] == "A" * one.devices, judged.last[one.name]
 
 
 @_BOTH
@@ -605,7 +662,7 @@ def test_status_and_table_are_the_kernels(judged, ours, one):
     assert ours.tables[one.name].split()[:-2 * one.devices] == (
         judged.tables[one.name].split()[:-2 * one.devices]
     )
-    if " idle " in ours.status[one.name][1]:
+    if " idle " in ours.status[one.name][1] and _lost(one) == one.lost:
         assert ours.status[one.name][1].split() == judged.scrubbed[one.name].split()
 
 
@@ -621,7 +678,7 @@ def again(judged, ours) -> dict[str, str]:
                 if one.name in ours.wrong:
                     continue
                 try:
-                    device = mapper.create(one.name, one.table(one.lost))
+                    device = mapper.create(one.name, one.table())
                     found[one.name] = _sha(_read(device))
                     mapper.remove(one.name)
                 except (ValueError, OSError) as error:
