@@ -626,13 +626,15 @@ def _grow(session: Session, name: str, raid_devices: int | None, size: str | Non
     """Give the array NAME more members, or use more of each. New connections see the new size."""
     if (raid_devices is None) == (size is None):
         raise click.UsageError("one of --raid-devices and --size is needed")
-    _, uuid, words = _line(session, name)
+    old, uuid, words = _line(session, name)
     if raid_devices is not None:
         reply = _message(session, name, "grow", "members", str(raid_devices))
     else:
         sectors = 0 if size == "max" else _size(size) >> 9
         if size != "max" and not sectors:
             raise click.UsageError(f"--size must be at least a sector (got {size})")
+        # Devices have their sizes read anew, which may be what has grown.
+        _reload(session, name, old, uuid, words)
         reply = _message(session, name, "grow", "size", str(sectors))
     _reload(session, name, int(reply), uuid, words)
     _report(session, name, wait, as_json)

@@ -88,6 +88,20 @@ def test_more_of_each_member_is_seen_by_new_connections(dmpy, disks):
     dmpy.ok("md", "stop", "r")
 
 
+def test_members_that_have_become_larger_are_used(dmpy, disks):
+    a, b = disks(2)
+    dmpy.ok("md", "create", "m", "-l", "1", "--bitmap", "--assume-clean", a, b)
+    before = dmpy.ok("info", "m", "--json").json()["size_sectors"]
+    for word in (a, b):
+        os.truncate(word, 24 * MIB)
+    dmpy.ok("md", "grow", "m", "--size", "max", "--wait")
+    assert dmpy.ok("info", "m", "--json").json()["size_sectors"] == before + (16 * MIB >> 9)
+    assert dmpy.ok("md", "check", "m", "--wait").out == "0 sectors disagree\n"
+    dmpy.ok("md", "stop", "m")
+    found = dmpy.ok("md", "examine", a, "--json").json()
+    assert (found["state"], found["bitmap"]["dirty"]) == ("clean", 0)
+
+
 def test_the_servers_own_devices_are_disks_too(dmpy, disks):
     a, b = disks(2)
     for name, path in (("low0", a), ("low1", b)):
