@@ -257,6 +257,8 @@ class Lab:
                 missing = f"{step.after} requests (there were {self._clients.answered})"
             elif self._now() < step.time:
                 missing = f"second {step.time:g}"
+            elif step.arguments.get("status", "") not in self._status():
+                missing = f"the status to say {step.arguments['status']}"
             elif step.when or step.progress is not None:
                 seen = self._observation()
                 was_busy = was_busy or seen.busy
@@ -270,6 +272,11 @@ class Lab:
                 return
             self._check_time(f"{where}: gave up waiting for {missing}")
             time.sleep(_POLL_EVERY)
+
+    def _status(self) -> str:
+        if self._mapper is None:
+            return ""
+        return self._mapper.device(self._top).status_text()
 
     def _check_time(self, sentence: str) -> None:
         if self._clients.crash is not None:
@@ -359,6 +366,14 @@ class Lab:
         mapper.suspend(name)
         mapper.resume(name)
         self._tables[name] = step.arguments["table"]
+
+    def _do_suspend(self, step: Step) -> None:
+        self._did(step, "suspend")
+        self._there().suspend(step.arguments.get("device", self._top))
+
+    def _do_resume(self, step: Step) -> None:
+        self._there().resume(step.arguments.get("device", self._top))
+        self._did(step, "resume")
 
     def _do_message(self, step: Step) -> None:
         name = step.arguments.get("device", self._top)

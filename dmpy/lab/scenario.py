@@ -185,11 +185,13 @@ VERBS: dict[str, tuple[bool, dict[str, Any]]] = {
     "stop": (False, {}),
     "restart": (False, {"table": str, "device": str, "without": list}),
     "load": (False, {"table": str, "device": str}),
+    "suspend": (False, {"device": str}),
+    "resume": (False, {"device": str}),
     "message": (False, {"text": str, "device": str, "sector": int}),
     "pause": (False, {}),
     "go-on": (False, {}),
     "verify": (False, {}),
-    "wait": (False, {"mismatches": ("some", "none")}),
+    "wait": (False, {"mismatches": ("some", "none"), "status": str}),
 }
 _NEEDED = {
     "errors": {"offset", "length"}, "corrupt": {"offset", "length"}, "slow": {"delay"},
@@ -512,8 +514,8 @@ def _step(
     more = {key: _filled(value, choice, f"{where}: {key}") if isinstance(value, str) else value
             for key, value in values.items() if key in arguments}
     _check_arguments(verb, more, concerned, legs, where)
-    if verb == "wait" and not values.keys() & {"after", "progress", "time", "when"}:
-        raise ScenarioError(f"{where}: nothing to wait for (after, progress, time or when)")
+    if verb == "wait" and values.keys() <= {"do", "mismatches"}:
+        raise ScenarioError(f"{where}: nothing to wait for (after, progress, status, time, when)")
     return Step(verb, values.get("after", 0), values.get("progress"), values.get("time", 0.0),
                 values.get("when", ""), concerned, more)
 

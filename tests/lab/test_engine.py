@@ -214,6 +214,39 @@ def test_load_puts_another_table_in_the_place(lab):
     assert record.ok, record.complaints
 
 
+def test_requests_wait_between_suspend_and_resume(lab):
+    record = lab("""
+        [[step]]
+        do = "suspend"
+        after = 40
+        [[step]]
+        do = "wait"
+        time = 0.3
+        [[step]]
+        do = "resume"
+    """)
+    assert record.ok, record.complaints
+    begin = next(event.time for event in record.events if event.text == "suspend")
+    end = next(event.time for event in record.events if event.text == "resume")
+    # Those that were under way when it was suspended may end after the first look.
+    inside = [sample for sample in record.samples if begin + 0.05 < sample.time < end]
+    assert inside[0].read == inside[-1].read and inside[0].written == inside[-1].written
+
+
+def test_a_text_in_the_status_can_be_waited_for(lab):
+    record = lab("""
+        [[step]]
+        do = "fail"
+        leg = "b"
+        [[step]]
+        do = "wait"
+        status = "1 AD"
+        [expect]
+        final = "degraded"
+    """)
+    assert record.ok, record.complaints
+
+
 def test_clients_pause_and_go_on(lab):
     record = lab("""
         [[step]]

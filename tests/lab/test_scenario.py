@@ -112,7 +112,7 @@ def test_what_is_wrong_is_one_sentence(text, sentence):
     ("do = 'fail'", ", fail: leg is missing"),
     ("do = 'fail'\nleg = 'z'", ", fail: leg z is unknown (there are a, b, c, log)"),
     ("do = 'fail'\nleg = 'a'\nwhen = 'late'", ", fail: when must be one of optimal, "),
-    ("do = 'wait'", ", wait: nothing to wait for (after, progress, time or when)"),
+    ("do = 'wait'", ", wait: nothing to wait for (after, progress, status, time, when)"),
     ("do = 'wait'\nprogress = 1.5", ", wait: progress must be from 0 to 1 (got 1.5)"),
     ("do = 'corrupt'\nleg = 'a'", ", corrupt: length is missing"),
     ("do = 'corrupt'\nleg = 'a'\noffset = '1M'\nlength = 1",
