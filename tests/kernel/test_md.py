@@ -140,6 +140,8 @@ DIRTY = [
     Array(10, 5, "o2", dirty=True),
 ]
 ALL = WHOLE + DEGRADED + DIRTY
+# Arrays that dmpy makes, and that are as they were in the middle of a write.
+CRASHED = [one._replace(ours=True) for one in DIRTY]
 OURS = [
     Array(0, 3, ours=True),
     Array(1, 2, metadata="0.90", ours=True),
@@ -395,12 +397,14 @@ class Ours:
     Attributes:
         disk: a copy of what the kernel made, opened and written by dmpy.
         made: a disk with OURS.
+        crashed: a disk with CRASHED.
         data: what is in each array at last, by name.
         wrong: what went wrong, by name of the array.
     """
 
     disk: Path
     made: Path
+    crashed: Path
     data: dict[str, bytes] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
 
@@ -418,6 +422,59 @@ def _recipe(one: Array) -> Recipe:
     )
 
 
+# What is being written when an array crashes.
+_TORN_OFFSET, _TORN_LENGTH = 64 << 10, 12 << 10
+
+
+def _tear(opened: _Opened, one: Array, place: int) -> None:
+    # Damage what makes an array redundant at `place` bytes: P, or the second copy.
+    found = assemble(open_disks(opened.legs(one)))
+    geometry = found.geometry
+    if geometry.level.parity:
+        row, _ = geometry.locate(place // CHUNK)
+        member, offset = geometry.stripe(row).p, row * CHUNK
+    else:
+        member, offset, _ = geometry.copies(place, BLOCK)[0][1]
+    offset += found.slots[member].data_offset
+    leg = opened.mapper.device(one.member(member))
+    leg.pwritev([memoryview(b"torn" * (BLOCK // 4))], offset)
+
+
+def _dirty_place(opened: _Opened, one: Array) -> int:
+    # A byte of the array that the superblocks say was being written.
+    found = assemble(open_disks(opened.legs(one)))
+    if not one.bitmap:
+        return 0
+    bits = np.unpackbits(found.bits.data, bitorder="little")
+    region = int(bits.nonzero()[0][-1])
+    place = region * found.bitmap.chunksize
+    return place * found.geometry.data_members if found.geometry.level.parity else place
+
+
+def _crash(found: Ours) -> None:
+    # Make CRASHED and write to them; what counts is the disk in the middle of that.
+    disk = found.crashed.with_suffix(".running")
+    with disk.open("wb") as file:
+        file.truncate(_disk_size(CRASHED))
+    with _Opened(CRASHED, disk) as opened:
+        for one in CRASHED:
+            create(opened.legs(one, shuffled=False), [], _recipe(one))
+            device = opened.open(one)
+            data = bytearray(content(_seed(one, 1), device.size))
+            device.pwritev([memoryview(data)], 0)
+            _wait_idle(device)
+            opened.mapper.suspend(one.name)
+            opened.mapper.resume(one.name)
+            new = content(_seed(one, 5), _TORN_LENGTH)
+            device.pwritev([memoryview(new)], _TORN_OFFSET)
+            data[_TORN_OFFSET : _TORN_OFFSET + _TORN_LENGTH] = new
+            found.data[one.name] = bytes(data)
+        shutil.copy(disk, found.crashed)
+    with _Opened(CRASHED, found.crashed) as opened:
+        for one in CRASHED:
+            _tear(opened, one, _TORN_OFFSET)
+
+
 def _use(opened: _Opened, one: Array, found: Ours) -> None:
     # Make or open an array, compare, write, check, close.
     if one.ours:
@@ -428,11 +485,12 @@ def _use(opened: _Opened, one: Array, found: Ours) -> None:
             data = bytearray(content(_seed(one, 1), device.size))
             device.pwritev([memoryview(data)], 0)
         else:
+            first = _read(device)
+            _wait_idle(device)
             data = bytearray(_read(device))
+            assert one.dirty or first == data, "reads otherwise when it is idle"
             problem = _as_it_was(one, data)
             assert not problem, f"as the kernel left it: {problem}"
-            _wait_idle(device)
-            assert _read(device) == data, "reads otherwise when it is idle"
         _write_here_and_there(device, data, _seed(one, 3))
         assert _read(device) == data, "reads otherwise than what was written"
         found.data[one.name] = bytes(data)
@@ -449,7 +507,8 @@ def _use(opened: _Opened, one: Array, found: Ours) -> None:
 @pytest.fixture(scope="module")
 def ours(made) -> Ours:
     """Let dmpy use what the kernel made, and make the same."""
-    found = Ours(made.with_name("used.img"), made.with_name("ours.img"))
+    names = ("used.img", "ours.img", "crashed.img")
+    found = Ours(*(made.with_name(name) for name in names))
     shutil.copy(made, found.disk)
     with found.made.open("wb") as file:
         file.truncate(_disk_size(OURS))
@@ -458,9 +517,12 @@ def ours(made) -> Ours:
         with _Opened(arrays, image) as opened:
             for one in arrays:
                 try:
+                    if one.dirty:
+                        _tear(opened, one, _dirty_place(opened, one))
                     _use(opened, one, found)
                 except (AssertionError, ValueError, OSError) as error:
                     found.wrong[one.name] = f"{type(error).__name__}: {error}"
+    _crash(found)
     print(f"dmpy: {time.monotonic() - begin:.1f} s")
     return found
 
@@ -541,9 +603,10 @@ def _mdstat(text: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def judged(ours) -> Judged:
     """Let mdadm and the kernel open all that dmpy has used and made."""
-    parts = (ALL, guest.ubd(0)), (OURS, guest.ubd(1))
+    parts = (ALL, guest.ubd(0)), (OURS, guest.ubd(1)), (CRASHED, guest.ubd(2))
+    disks = [ours.disk, ours.made, ours.crashed]
     steps = [_judge_steps(*part) for part in parts]
-    answers = _do_in_guest(ours.disk.with_name("judge"), [ours.disk, ours.made], sum(steps, []))
+    answers = _do_in_guest(ours.disk.with_name("judge"), disks, sum(steps, []))
     found = Judged()
     for (arrays, _), own in zip(parts, steps, strict=True):
         mine, answers = answers[: len(own)], answers[len(own) :]
@@ -563,9 +626,9 @@ def judged(ours) -> Judged:
     return found
 
 
-_BOTH = pytest.mark.parametrize("one", ALL + OURS, ids=lambda one: one.name)
+_BOTH = pytest.mark.parametrize("one", ALL + OURS + CRASHED, ids=lambda one: one.name)
 _CHECKED = pytest.mark.parametrize(
-    "one", [one for one in ALL + OURS if one.level], ids=lambda one: one.name
+    "one", [one for one in ALL + OURS + CRASHED if one.level], ids=lambda one: one.name
 )
 
 
@@ -608,7 +671,7 @@ def test_kernel_finds_no_mismatch_in_what_dmpy_left(judged, ours, one):
 def again(judged, ours) -> dict[str, str]:
     """Read once more by dmpy what the kernel wrote last: what is wrong."""
     found = {}
-    for arrays, image in ((ALL, ours.disk), (OURS, ours.made)):
+    for arrays, image in ((ALL, ours.disk), (OURS, ours.made), (CRASHED, ours.crashed)):
         with _Opened(arrays, image) as opened:
             for one in arrays:
                 try:
