@@ -247,6 +247,14 @@ class MappedDevice(BlockDevice):
         return iter(found)
 
     def flush(self) -> None:
+        self.flush_besides(set())
+
+    def flush_besides(self, flushed: set[BlockDevice]) -> None:
+        """Flush, but for what has been flushed already.
+
+        Args:
+            flushed: devices below; those that are flushed are added.
+        """
         first: OSError | None = None
         plan = None
         while plan is not self._plan and first is None:
@@ -258,7 +266,8 @@ class MappedDevice(BlockDevice):
                     # Begin anew with the plan that there is now: it may have other devices.
                     if plan is not self._plan or not plan.running:
                         break
-                    first = _flush(devices) or first
+                    first = _flush([each for each in devices if each not in flushed]) or first
+                    flushed.update(devices)
                 except Requeue:
                     replaced = True
                     break

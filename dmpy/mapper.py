@@ -236,15 +236,30 @@ class Mapper:
         """Put the inactive table to use if there is one, and let requests go on."""
         device = self.device(name)
         with device.life:
-            after = {"suspended": False, "inactive": None, "inactive_readonly": None}
-            if device.inactive is not None:
-                after["live"] = device.inactive.text()
-                after["readonly"] = device.inactive.readonly
-            with self._noting(device, **after):
-                device.resume()
+            if device.inactive is None:
+                self._resume_as_it_is(device)
+            else:
+                after = {
+                    "suspended": False,
+                    "live": device.inactive.text(),
+                    "readonly": device.inactive.readonly,
+                    "inactive": None,
+                    "inactive_readonly": None,
+                }
+                with self._noting(device, **after):
+                    device.resume()
         self._forget_failure(device.minor)
         self._tell("resumed", device)
         return device
+
+    # Let requests go on, whether that can be noted or not: they must not wait for a full disk.
+    # After a restart the device would be suspended once more.
+    def _resume_as_it_is(self, device: MappedDevice) -> None:
+        device.resume()
+        try:
+            self._note(device)
+        except OSError as error:
+            _log.error("%s: resumed, which cannot be noted: %s", device.name, error)
 
     def rename(self, name: str, new_name: str) -> MappedDevice:
         """Give a device another name."""
@@ -315,6 +330,7 @@ class Mapper:
             self._load(device, f"0 {sectors} error", device.readonly, None)
             device.suspend(noflush=True)
             device.resume()
+            self._note(device)
         with self._topology:
             if device.open_count and deferred:
                 device.deferred_remove = True
@@ -405,12 +421,20 @@ class Mapper:
             device.refuse(goodbye[device])
         for device in devices:
             device.presuspend()
-        # 2. What was written becomes durable, upper devices first. 3. No more requests.
+        # 2. Targets flush what they keep themselves, upper devices first, then there are no more
+        #    requests.
+        leaves = _leaves_of(devices)
         first: OSError | None = None
         for device in devices:
-            first = _flushed(device) or first
+            first = _flushed(device, set(leaves)) or first
             try:
                 device.shut(goodbye[device])
+            except OSError as error:
+                first = first or error
+        # 3. What is in the leaves becomes durable, once for each.
+        for leaf in leaves:
+            try:
+                leaf.flush()
             except OSError as error:
                 first = first or error
         # 4. Everything is given back.
@@ -778,22 +802,30 @@ def _by_whom(device: MappedDevice) -> str:
     return " and ".join(users)
 
 
-# Flush a device that is about to be closed, and return what went wrong. What is written through a
-# suspended device was flushed then, or is still in its leaves.
-def _flushed(device: MappedDevice) -> OSError | None:
-    table = device.live
-    if table is None:
+# What lies below some devices, and only has to be flushed: no mapped devices, and not the legs of
+# targets that know better what a flush is, or how to do without one of them.
+def _leaves_of(devices: list[MappedDevice]) -> set[BlockDevice]:
+    tables = [device.live for device in devices if device.live is not None]
+    return {
+        leg.device
+        for table in tables
+        for line in table.lines
+        if getattr(line.target, "pure", False)
+        for leg in line.target.legs
+        if not isinstance(leg.device, MappedDevice)
+    }
+
+
+# Flush a device that is about to be closed, but for its leaves, and return what went wrong. A
+# suspended device has nothing that its leaves do not have.
+def _flushed(device: MappedDevice, leaves: set[BlockDevice]) -> OSError | None:
+    if device.live is None or device.suspended:
         return None
-    below = [device] if not device.suspended else table.devices
-    first: OSError | None = None
-    for each in below:
-        try:
-            if each is device or not isinstance(each, MappedDevice):
-                each.flush()
-        except OSError as error:
-            if error.errno != errno.ESHUTDOWN:
-                first = first or error
-    return first
+    try:
+        device.flush_besides(leaves)
+    except OSError as error:
+        return error if error.errno != errno.ESHUTDOWN else None
+    return None
 
 
 # Devices in an order in which holders come before what they hold.

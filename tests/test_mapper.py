@@ -389,3 +389,36 @@ def test_a_device_whose_target_has_a_bug_fails_alone_at_a_restart(offered, monke
         failed = [(entry.name, entry.error) for entry in dm.failed]
         assert failed == [("a", "bug: KeyError: 'a bug'")]
         assert dm.device("b").table_text() == "0 8 zero"
+
+
+def test_a_suspended_device_goes_on_though_that_cannot_be_noted():
+    notes = Notes()
+    with Mapper(notes) as dm:
+        device = dm.create("a", "0 8 zero")
+        dm.suspend("a")
+        notes.full = True
+        dm.resume("a")
+        assert not device.suspended
+        notes.full = False
+
+
+def test_what_a_forced_removal_left_is_noted():
+    notes = Notes()
+    with Mapper(notes) as dm:
+        device = dm.create("a", "0 8 linear mem:4096 0")
+        device.open()
+        refusal(lambda: dm.remove("a", force=True), errno.EBUSY)
+        assert notes.kept[0]["live"] == "0 8 error"
+        device.release()
+
+
+def test_closing_flushes_a_leaf_once_however_many_devices_lie_on_it(tmp_path):
+    (tmp_path / "img").write_bytes(bytes(4096))
+    dm = Mapper()
+    for number in range(5):
+        dm.create(f"d{number}", f"0 8 linear {tmp_path}/img 0")
+    (leaf,) = dm.device("d0").live.devices
+    flushes = []
+    leaf.flush = lambda: flushes.append(1)
+    dm.close()
+    assert flushes == [1]
