@@ -310,9 +310,9 @@ class MapTarget(Target):
         if not self.pure:
             return -1, 0
         runs = self.map(_READ, offset, length)
-        leg, place, _ = runs[0]
+        leg, place, size = runs[0]
         segment = self.legs[leg].segment
-        if len(runs) > 1 or segment.fd < 0:
+        if size != length or segment.fd < 0:
             return -1, 0
         return segment.fd, place + segment.skew
 
@@ -327,7 +327,8 @@ class MapTarget(Target):
         leg = 0
         try:
             if len(runs) == 1:
-                leg, place, _ = runs[0]
+                leg, place, size = runs[0]
+                assert size == length, self.type_name
                 self.legs[leg].preadv(buffers, place)
             else:
                 for leg, place, views in by_leg(runs, buffers):
@@ -342,7 +343,8 @@ class MapTarget(Target):
         leg = 0
         try:
             if len(runs) == 1:
-                leg, place, _ = runs[0]
+                leg, place, size = runs[0]
+                assert size == length, self.type_name
                 self.legs[leg].pwritev(buffers, place, fua=fua)
             else:
                 for leg, place, views in by_leg(runs, buffers):
@@ -404,6 +406,7 @@ def by_leg(runs: list[Run], buffers: Buffers) -> list[tuple[int, int, list[memor
     """
     stretches: list[tuple[int, int, list[memoryview]]] = []
     last: dict[int, tuple[int, list[memoryview]]] = {}
+    assert sum(length for _, _, length in runs) == total(buffers), runs[0]
     cut = Cutter(buffers)
     for leg, place, length in runs:
         views = cut.take(length)
