@@ -385,9 +385,7 @@ class MDStore(Store):
         if array.failed:
             return
         array.flush()
-        with array._state:
-            # Nobody writes now: whoever writes next has to say so anew.
-            array._dirty.clear()
+        array.nobody_writes()
         if not array.degraded and not self._crashed and self._bits is not None:
             self.mark_clean(self.dirty_regions() - array.unsynced - array.crashed)
         self._regions.clear()

@@ -191,7 +191,7 @@ class StripeLocks:
 class Array(ABC):
     """A RAID array; offsets are bytes from its start.
 
-    Locks: `_state` protects the members' states and the dirty regions, and is held while the store
+    Locks: `state_lock` protects the members' states and the dirty regions, and is held while the store
     writes them, so that what is kept is how things are; stripes may not be taken under it.
 
     Args:
@@ -203,6 +203,7 @@ class Array(ABC):
         name: for messages.
 
     Attributes:
+        state_lock: see above.
         degraded: how many members are not in sync.
         failed: so many members are gone that some bytes are lost.
         resync_offset: bytes of each member from its start on which all members agree, None when
@@ -237,7 +238,7 @@ class Array(ABC):
         self.needs_sync: Callable[[], None] = lambda: None
         self.spares: list[Leg] = []
         self.locks = StripeLocks()
-        self._state = threading.RLock()
+        self.state_lock = threading.RLock()
         # Regions whose bit is set in the store, and when each was last written.
         self._dirty: dict[int, float] = {}
         self.unsynced: set[int] = set()
@@ -273,7 +274,7 @@ class Array(ABC):
         Raises:
             OSError: the store could not keep it.
         """
-        with self._state:
+        with self.state_lock:
             member = self.members[index]
             if member.state in (FAULTY, MISSING):
                 return
@@ -288,7 +289,7 @@ class Array(ABC):
 
     def rebuilt(self, members: Iterable[Member]) -> None:
         """Take members that have been rebuilt for members in sync, if they have not failed."""
-        with self._state:
+        with self.state_lock:
             for member in members:
                 if member.state == REBUILDING:
                     member.state = IN_SYNC
@@ -303,7 +304,7 @@ class Array(ABC):
         Raises:
             OSError: it could not be kept.
         """
-        with self._state:
+        with self.state_lock:
             self.store.update(self)
 
     @property
@@ -317,7 +318,7 @@ class Array(ABC):
         Raises:
             OSError: EBUSY when it is in use.
         """
-        with self._state:
+        with self.state_lock:
             member = self.members[index]
             if member.writable:
                 raise DeviceError(errno.EBUSY, f"{self.name}: member {index} is in use")
@@ -336,7 +337,7 @@ class Array(ABC):
         Raises:
             OSError: EBUSY when the place is taken.
         """
-        with self._state:
+        with self.state_lock:
             member = self.members[index]
             if member.writable:
                 raise DeviceError(errno.EBUSY, f"{self.name}: place {index} is taken")
@@ -363,9 +364,14 @@ class Array(ABC):
         Raises:
             OSError: the write failed, and the member is one that the array cannot do without.
         """
+        leg = member.leg
         try:
-            member.leg.pwritev(buffers, place, fua=fua)
+            leg.pwritev(buffers, place, fua=fua)
         except OSError as error:
+            if member.leg is not leg and self.members[member.index] is member:
+                # The member is on another device since: what the old one does is of no matter.
+                self.write_member(member, buffers, place, fua=fua)
+                return
             if self.is_last(member):
                 raise
             if self.members[member.index] is member:
@@ -420,7 +426,7 @@ class Array(ABC):
             # Not a time: it is being written.
             dirty[region] = _NOW
         if new:
-            with self._state:
+            with self.state_lock:
                 self.store.mark_dirty(new)
 
     def end_write(self, offset: int, length: int) -> None:
@@ -463,7 +469,7 @@ class Array(ABC):
             try:
                 if self._dirty[region] <= limit:
                     del self._dirty[region]
-                    with self._state:
+                    with self.state_lock:
                         self.store.mark_clean([region])
             finally:
                 self.locks.give_back(first, last)
@@ -472,9 +478,14 @@ class Array(ABC):
     def lock_numbers(self, begin: int, end: int) -> tuple[int, int]:
         """Say which locks (first, last) protect bytes of what is synced."""
 
+    def nobody_writes(self) -> None:
+        """Take note that there are no requests: whoever writes next has to say so anew."""
+        with self.state_lock:
+            self._dirty.clear()
+
     def all_synced(self) -> None:
         """Take note that all members agree everywhere: only what is being written is dirty."""
-        with self._state:
+        with self.state_lock:
             self.unsynced.clear()
             self.crashed.clear()
             clean = [region for region in self.store.dirty_regions() if region not in self._dirty]

@@ -150,7 +150,7 @@ class ParityArray(Array):
 
     # The members that can be read up to a byte, at one moment.
     def _usable(self, end: int) -> dict[int, Member]:
-        with self._state:
+        with self.state_lock:
             return {member.index: member for member in self.members if member.readable(end)}
 
     # The same, from certain members.

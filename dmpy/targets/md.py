@@ -369,7 +369,7 @@ class MD(Target):
         data = self._data_leg(leg, disk)
         self._store.add_disk(data, disk)
         self._store.write_bitmap(disk)
-        with self.array._state:
+        with self.array.state_lock:
             self.array.spares.append(data)
             self.array.keep()
         self.syncer.wake()
@@ -436,7 +436,7 @@ class MD(Target):
     def _copy(self, job: background.Job, member: Member, twin: TwinLeg) -> None:
         complete = twin.run(job, lambda: member.leg is twin and member.state == IN_SYNC)
         array = self.array
-        with array._state:
+        with array.state_lock:
             if complete and member.leg is twin and member.state == IN_SYNC:
                 member.leg = twin.copy
                 member.errors = 0
