@@ -191,8 +191,8 @@ class StripeLocks:
 class Array(ABC):
     """A RAID array; offsets are bytes from its start.
 
-    Locks: `state_lock` protects the members' states and the dirty regions, and is held while the store
-    writes them, so that what is kept is how things are; stripes may not be taken under it.
+    Locks: `state_lock` protects the members' states and the dirty regions, and is held while the
+    store writes them, so that what is kept is how things are; stripes may not be taken under it.
 
     Args:
         geometry: where bytes live.
