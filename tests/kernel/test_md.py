@@ -141,7 +141,9 @@ DIRTY = [
 ]
 ALL = WHOLE + DEGRADED + DIRTY
 # Arrays that dmpy makes, and that are as they were in the middle of a write.
-CRASHED = [one._replace(ours=True) for one in DIRTY]
+CRASHED = [one._replace(ours=True) for one in DIRTY[::2]]
+# Who brings the lost members back.
+ADDED_BY_DMPY, ADDED_BY_KERNEL = DEGRADED[::2], DEGRADED[1::2]
 OURS = [
     Array(0, 3, ours=True),
     Array(1, 2, metadata="0.90", ours=True),
@@ -218,8 +220,8 @@ def _make(arrays: list[Array], one: Array) -> list:
     return ["run", [*words, *one.members()]]
 
 
-def _assemble(arrays: list[Array], one: Array) -> list:
-    return ["try", ["mdadm", "--assemble", "--run", _node(arrays, one), *one.left()]]
+def _assemble(arrays: list[Array], one: Array, members: list[str]) -> list:
+    return ["try", ["mdadm", "--assemble", "--run", _node(arrays, one), *members]]
 
 
 _STOP = ["run", ["mdadm", "--stop", "--scan"]]
@@ -259,7 +261,7 @@ def made(tmp_path_factory) -> Path:
         *(_make(ALL, one) for one in whole),
         *(["fill", _node(ALL, one), _seed(one, 1)] for one in whole),
         _STOP,
-        *(_assemble(ALL, one) for one in DEGRADED),
+        *(_assemble(ALL, one, one.left()) for one in DEGRADED),
         *(["write", _node(ALL, one), *_over(one)] for one in DEGRADED),
         _STOP,
         *(_make(ALL, one) for one in DIRTY),
@@ -286,18 +288,28 @@ class _Opened:
     def __exit__(self, *exception: object) -> None:
         self.mapper.close()
 
-    def legs(self, one: Array, *, shuffled: bool = True) -> list:
-        """Return the members that are not lost, in another order than theirs."""
-        words = [Path(word).name for word in one.left()]
+    def legs(self, one: Array, *, shuffled: bool = True, whole: bool = False) -> list:
+        """Return the members that are not lost, or all, in another order than theirs."""
+        words = [Path(word).name for word in (one.members() if whole else one.left())]
         if shuffled:
             random.Random(_seed(one, 0)).shuffle(words)
         return [self.mapper.device(word) for word in words]
 
-    def open(self, one: Array):
-        """Return the array as a mapped device."""
-        disks = open_disks(self.legs(one))
+    def open(self, one: Array, *, whole: bool = False):
+        """Return the array as a mapped device, of the members that are not lost or of all."""
+        disks = open_disks(self.legs(one, whole=whole))
         text = table_text(assemble(disks), lambda disk: f"/dev/mapper/{disk.name}")
         return self.mapper.create(one.name, text)
+
+    def open_with_lost(self, one: Array):
+        """Return the array as a mapped device whose table names the lost members too."""
+        text = table_text(
+            assemble(open_disks(self.legs(one))), lambda disk: f"/dev/mapper/{disk.name}"
+        )
+        words = text.split()
+        words[4] = str(int(words[4]) + len(one.lost))
+        words += [one.members()[place] for place in one.lost]
+        return self.mapper.create(one.name, " ".join(words))
 
     def close(self, one: Array) -> None:
         self.mapper.suspend(one.name)
@@ -354,7 +366,7 @@ def _read(device) -> bytes:
 
 
 # Words of the status of an md line.
-_ACTION, _MISMATCHES = 9, 10
+_HEALTH, _ACTION, _MISMATCHES = 7, 9, 10
 
 
 def _wait_idle(device, seconds: float = 20.0) -> list[str]:
@@ -475,6 +487,27 @@ def _crash(found: Ours) -> None:
             _tear(opened, one, _TORN_OFFSET)
 
 
+def _add(opened: _Opened, one: Array, data: bytes) -> None:
+    # Bring the lost members back, check, close.
+    device = opened.open_with_lost(one)
+    try:
+        for place in one.lost:
+            word = opened.mapper.device(one.member(place)).table_name
+            opened.mapper.message(one.name, 0, f"add {word} force")
+        assert _read(device) == data, "reads otherwise with members to be rebuilt"
+        # A spare takes its place a moment later.
+        end = time.monotonic() + 20
+        while (status := _wait_idle(device))[_HEALTH] != "U" * one.devices:
+            assert time.monotonic() < end, " ".join(status)
+            time.sleep(0.01)
+        opened.mapper.message(one.name, 0, "check")
+        status = _wait_idle(device)
+        assert status[_MISMATCHES] == "0", " ".join(status)
+        assert _read(device) == data, "reads otherwise when it is rebuilt"
+    finally:
+        opened.close(one)
+
+
 def _use(opened: _Opened, one: Array, found: Ours) -> None:
     # Make or open an array, compare, write, check, close.
     if one.ours:
@@ -520,6 +553,8 @@ def ours(made) -> Ours:
                     if one.dirty:
                         _tear(opened, one, _dirty_place(opened, one))
                     _use(opened, one, found)
+                    if one in ADDED_BY_DMPY:
+                        _add(opened, one, found.data[one.name])
                 except (AssertionError, ValueError, OSError) as error:
                     found.wrong[one.name] = f"{type(error).__name__}: {error}"
     _crash(found)
@@ -545,6 +580,7 @@ class Judged:
         assembled: exit status and words of mdadm --assemble.
         examined: what mdadm --examine says of the first member that is not lost.
         states: what /proc/mdstat says of the members when it is idle: U or _ for each.
+        at_last: the same at last.
         digest: of its data.
         mismatches: what a check found; not for RAID 0.
         last: what a check found after the kernel had written the array whole.
@@ -553,17 +589,28 @@ class Judged:
     assembled: dict[str, list] = field(default_factory=dict)
     examined: dict[str, str] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
+    at_last: dict[str, str] = field(default_factory=dict)
     digest: dict[str, str] = field(default_factory=dict)
     mismatches: dict[str, int] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
 
 
+def _members(one: Array) -> list[str]:
+    # The members that an array has when the kernel sees it again.
+    return one.members() if one in ADDED_BY_DMPY else one.left()
+
+
 def _judge_steps(arrays: list[Array], disk: str) -> list[list]:
     nodes = [_node(arrays, one) for one in arrays]
+    added = [
+        ["run", ["mdadm", _node(arrays, one), "--add", *(one.members()[at] for at in one.lost)]]
+        for one in arrays
+        if one in ADDED_BY_KERNEL
+    ]
     return [
         ["create", _slices(arrays, disk)],
         ["try", ["mdadm", "--examine", *(one.left()[0] for one in arrays)]],
-        *(_assemble(arrays, one) for one in arrays),
+        *(_assemble(arrays, one, _members(one)) for one in arrays),
         ["sysfs", nodes, "array_state", "active"],
         ["idle", nodes],
         ["run", ["cat", "/proc/mdstat"]],
@@ -571,8 +618,12 @@ def _judge_steps(arrays: list[Array], disk: str) -> list[list]:
         ["sysfs", nodes, "sync_action", "check"],
         ["idle", nodes],
         *(["fill", node, _seed(one, 2)] for node, one in zip(nodes, arrays, strict=True)),
+        *added,
+        ["sleep", 0.2 if added else 0],
+        ["idle", nodes],
         ["sysfs", nodes, "sync_action", "check"],
         ["idle", nodes],
+        ["run", ["cat", "/proc/mdstat"]],
         _STOP,
         ["run", ["dmsetup", "remove_all"]],
     ]
@@ -620,7 +671,10 @@ def judged(ours) -> Judged:
             {by_node[node]: states for node, states in _mdstat(rest[0][1]).items()}
         )
         found.digest.update(zip(names, rest[1 : 1 + count], strict=True))
-        checks = rest[2 + count], rest[4 + 2 * count]
+        found.at_last.update(
+            {by_node[node]: states for node, states in _mdstat(rest[-3][1]).items()}
+        )
+        checks = rest[2 + count], rest[-4]
         for target, check in zip((found.mismatches, found.last), checks, strict=True):
             target.update({by_node[node]: number for node, number in check.items()})
     return found
@@ -651,8 +705,10 @@ def test_mdadm_examines_what_dmpy_left(judged, ours, one):
 @_CHECKED
 def test_kernel_has_every_member_in_sync(judged, ours, one):
     _here(one, ours, judged)
-    expected = "".join("_" if place in one.lost else "U" for place in range(one.devices))
+    there = _members(one)
+    expected = "".join("U" if member in there else "_" for member in one.members())
     assert judged.states[one.name] == expected
+    assert judged.at_last[one.name] == "U" * one.devices
 
 
 @_BOTH
@@ -675,7 +731,7 @@ def again(judged, ours) -> dict[str, str]:
         with _Opened(arrays, image) as opened:
             for one in arrays:
                 try:
-                    device = opened.open(one)
+                    device = opened.open(one, whole=True)
                     same = _read(device) == content(_seed(one, 2), device.size)
                     found[one.name] = "" if same else "the data differ"
                     opened.close(one)
