@@ -75,9 +75,14 @@ class CopiesArray(Array):
         members: Sequence[Member],
         besides: frozenset[int] = frozenset(),
     ) -> tuple[int, int, int] | None:
-        second = None
         # Readers of different places are sent to different members, so that these share the work.
         turn = (offset >> 20) % len(copies)
+        # Fast path: the one whose turn it is will do.
+        run = copies[turn]
+        member = members[run[0]]
+        if member.state == IN_SYNC and not member.write_mostly and run[0] not in besides:
+            return run
+        second = None
         for run in copies[turn:] + copies[:turn]:
             member = members[run[0]]
             if run[0] in besides or not member.readable(run[1] + run[2]):
@@ -157,9 +162,16 @@ class CopiesArray(Array):
 
     def read_place(self, offset: int, length: int) -> tuple[Member, int] | None:
         """Say where a piece can be read as it is."""
-        pieces = self.geometry.copies(offset, length)
+        geometry = self.geometry
+        if geometry.level.number == 1:
+            # Fast path: all copies are at the same place, and the one whose turn it is will do.
+            member = self.members[(offset >> 20) % geometry.members]
+            if member.state == IN_SYNC and not member.write_mostly:
+                return member, offset
+        elif offset % geometry.chunk_size + length > geometry.chunk_size:
+            return None
         members = tuple(self.members)
-        run = self._choose(pieces[0], offset, members) if len(pieces) == 1 else None
+        run = self._choose(geometry.copies(offset, length)[0], offset, members)
         return (members[run[0]], run[1]) if run is not None else None
 
     # Sync

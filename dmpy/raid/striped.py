@@ -55,11 +55,12 @@ class StripedArray(Array):
 
     def read_place(self, offset: int, length: int) -> tuple[Member, int] | None:
         """Say where a piece can be read as it is."""
-        runs = self._runs(offset, length)
-        if len(runs) != 1:
+        chunk_size = self.geometry.chunk_size
+        chunk, within = divmod(offset, chunk_size)
+        if within + length > chunk_size:
             return None
-        index, place, _ = runs[0]
-        return self.members[index], place
+        row, index = self.geometry.locate(chunk)
+        return self.members[index], row * chunk_size + within
 
     def lock_numbers(self, begin: int, end: int) -> tuple[int, int]:
         """There is nothing to lock."""
