@@ -227,26 +227,30 @@ class ParityArray(Array):
         try:
             self.begin_write(offset, length)
             # Fast path: a small write to an array that lacks nothing.
-            if first == last and len(buffers) == 1:
-                if self._write_in_chunk(offset, buffers[0], fua):
-                    return
-            # Parity of full stripes has to stay until all is written.
-            with ExitStack() as stack:
-                cut = Cutter(buffers)
-                runs: list[tuple[int, int, memoryview]] = []
-                for stripe in range(first, last + 1):
-                    begin = max(offset, stripe * self._width) - stripe * self._width
-                    size = min(end, (stripe + 1) * self._width) - stripe * self._width - begin
-                    view = _one_view(stack, cut.take(size), size)
-                    if size == self._width:
-                        runs += self._full_stripe(stack, stripe, view)
-                    else:
-                        runs += self._part_of_stripe(stack, stripe, begin, view)
-                self._write_runs(runs, fua)
+            small = first == last and len(buffers) == 1
+            if not (small and self._write_in_chunk(offset, buffers[0], fua)):
+                self._write_stripes(first, last, offset, end, Cutter(buffers), fua)
         finally:
             self.end_write(offset, length)
             self.locks.give_back(first, last)
         self.refuse_if_failed(offset)
+
+    # Write bytes offset .. end-1 of the array, stripe by stripe; the caller has the stripes.
+    def _write_stripes(
+        self, first: int, last: int, offset: int, end: int, cut: Cutter, fua: bool
+    ) -> None:
+        # Parity of full stripes has to stay until all is written.
+        with ExitStack() as stack:
+            runs: list[tuple[int, int, memoryview]] = []
+            for stripe in range(first, last + 1):
+                begin = max(offset, stripe * self._width) - stripe * self._width
+                size = min(end, (stripe + 1) * self._width) - stripe * self._width - begin
+                view = _one_view(stack, cut.take(size), size)
+                if size == self._width:
+                    runs += self._full_stripe(stack, stripe, view)
+                else:
+                    runs += self._part_of_stripe(stack, stripe, begin, view)
+            self._write_runs(runs, fua)
 
     # Read-modify-write of a piece of one chunk, where that is the least work; says whether it was.
     def _write_in_chunk(self, offset: int, view: memoryview, fua: bool) -> bool:
@@ -259,25 +263,28 @@ class ParityArray(Array):
         stripe, index = geometry.locate(chunk)
         layout = geometry.stripe(stripe)
         place = stripe * self._chunk + low
-        member, p_member = members[index], members[layout.p]
+        member = members[index]
+        parity_members = [members[layout.p]]
+        if layout.q is not None:
+            parity_members.append(members[layout.q])
         if not self.healthy:
             return False
-        with scratch.scratch(length) as old, scratch.scratch(length) as p:
+        with ExitStack() as stack:
+            take = stack.enter_context
+            old, *parity = [take(scratch.scratch(length)) for _ in range(parities + 1)]
             try:
                 member.leg.preadv([old], place)
-                p_member.leg.preadv([p], place)
-                before, after = _numbers(old), _numbers(view)
-                xor_update(_numbers(p), before, after)
-                if layout.q is not None:
-                    q_member = members[layout.q]
-                    with scratch.scratch(length) as q:
-                        q_member.leg.preadv([q], place)
-                        q_update(_numbers(q), before, after, layout.syndrome.index(index))
-                        self.write_member(q_member, [q], place, fua=fua)
+                for other, chunk_view in zip(parity_members, parity, strict=True):
+                    other.leg.preadv([chunk_view], place)
             except OSError:
                 return False  # what cannot be read is computed
+            before, after = _numbers(old), _numbers(view)
+            xor_update(_numbers(parity[0]), before, after)
+            if layout.q is not None:
+                q_update(_numbers(parity[1]), before, after, layout.syndrome.index(index))
             self.write_member(member, [view], place, fua=fua)
-            self.write_member(p_member, [p], place, fua=fua)
+            for other, chunk_view in zip(parity_members, parity, strict=True):
+                self.write_member(other, [chunk_view], place, fua=fua)
         return True
 
     # Write chunks, what lies together on a member at once.

@@ -268,3 +268,13 @@ def test_a_member_that_is_added_during_a_recovery_is_rebuilt_whole():
     array.fail(2)
     array.fail(3)
     raid.check()
+
+
+@pytest.mark.parametrize(("word", "members"), [("raid5_ls", 5), ("raid6_zr", 6)])
+def test_a_small_write_that_loses_one_member_too_many_is_not_acknowledged(word, members):
+    raid = Set(word, members, {})
+    for disk in raid.disks:
+        disk.fail(1, ops=["write"], forever=True)
+    with pytest.raises(OSError, match="too many members are gone") as refusal:
+        raid.array.pwritev([memoryview(bytes(512))], 0)
+    assert refusal.value.errno == errno.EIO
