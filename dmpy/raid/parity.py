@@ -263,28 +263,45 @@ class ParityArray(Array):
         stripe, index = geometry.locate(chunk)
         layout = geometry.stripe(stripe)
         place = stripe * self._chunk + low
-        member = members[index]
-        parity_members = [members[layout.p]]
-        if layout.q is not None:
-            parity_members.append(members[layout.q])
+        # Looked at before the array's health: who takes their places later is not meant.
+        member, p_member = members[index], members[layout.p]
+        q_member = None if layout.q is None else members[layout.q]
         if not self.healthy:
             return False
-        with ExitStack() as stack:
-            take = stack.enter_context
-            old, *parity = [take(scratch.scratch(length)) for _ in range(parities + 1)]
-            try:
-                member.leg.preadv([old], place)
-                for other, chunk_view in zip(parity_members, parity, strict=True):
-                    other.leg.preadv([chunk_view], place)
-            except OSError:
-                return False  # what cannot be read is computed
-            before, after = _numbers(old), _numbers(view)
-            xor_update(_numbers(parity[0]), before, after)
-            if layout.q is not None:
-                q_update(_numbers(parity[1]), before, after, layout.syndrome.index(index))
-            self.write_member(member, [view], place, fua=fua)
-            for other, chunk_view in zip(parity_members, parity, strict=True):
-                self.write_member(other, [chunk_view], place, fua=fua)
+        with scratch.scratch(length) as old, scratch.scratch(length) as p:
+            if q_member is None:
+                return self._update(member, p_member, place, (view, old, p), fua)
+            with scratch.scratch(length) as q:
+                try:
+                    q_member.leg.preadv([q], place)
+                except OSError:
+                    return False
+                power = layout.syndrome.index(index)
+                if not self._update(member, p_member, place, (view, old, p), fua):
+                    return False
+                q_update(_numbers(q), _numbers(old), _numbers(view), power)
+                self.write_member(q_member, [q], place, fua=fua)
+        return True
+
+    # Replace a piece of data and change P accordingly; says whether it could be read. `views` are
+    # the new data, and room for the old data and for P.
+    def _update(
+        self,
+        member: Member,
+        p_member: Member,
+        place: int,
+        views: tuple[memoryview, memoryview, memoryview],
+        fua: bool,
+    ) -> bool:
+        view, old, p = views
+        try:
+            member.leg.preadv([old], place)
+            p_member.leg.preadv([p], place)
+        except OSError:
+            return False  # what cannot be read is computed
+        xor_update(_numbers(p), _numbers(old), _numbers(view))
+        self.write_member(member, [view], place, fua=fua)
+        self.write_member(p_member, [p], place, fua=fua)
         return True
 
     # Write chunks, what lies together on a member at once.
